@@ -1,0 +1,1 @@
+"""Tensor parallelism for Hugging Face transformers in plain tensors."""
