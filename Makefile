@@ -1,0 +1,49 @@
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+CHOSEN := $(VENV)/.torch
+
+PYTHON ?= python3
+# The one place that says which torch is installed. It is installed before everything else, because a plain `torch`, as the
+# other packages ask for it, may bring several gigabytes of another build. A choice made once is remembered in .venv.
+TORCH ?= $(or $(shell cat $(CHOSEN) 2>/dev/null),torch==2.13.0)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check format clean FORCE
+
+help:  ## this text
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo "  PYTHON=python3.12   the interpreter that .venv is made with (now: $(PYTHON))"
+	@echo "  TORCH='...'         what pip installs as torch (now: $(TORCH)); for a given CUDA, say"
+	@echo "                      make setup TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cu130'"
+
+setup: $(READY)  ## make .venv with everything in it (again only when pyproject.toml or TORCH changed)
+
+# Run again where TORCH is given, else only when the dependencies changed.
+$(READY): pyproject.toml $(if $(filter file,$(origin TORCH)),,FORCE)
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@echo '$(TORCH)' > $(CHOSEN)
+	@touch $(READY)
+
+demo: $(READY)  ## train, check, save and reload a small model on two processes
+	@$(BIN)/shardwise demo
+
+test: $(READY)  ## the test suite; ARGS='-k name' is handed on to pytest
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: $(READY)  ## format, lint, types, layers
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY)  ## format the code and apply the safe fixes of the linter
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+clean:  ## remove .venv and every cache
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache demo-output
+	find src tests -name __pycache__ -type d -exec rm -rf {} +
