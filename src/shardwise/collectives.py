@@ -1,0 +1,234 @@
+"""The collectives of tensor parallelism, each with its dual as backward.
+
+What a value is on the tp axis (the vocabulary of meta-pytorch/spmd_types):
+
+    R     replicated, its gradient partial          I   replicated, its gradient the same on every rank
+    S(d)  split along dim d                         P   a pending sum
+
+    function               forward                     backward         dual
+    copy_to_tp             identity        I -> R      all-reduce       reduce_from_tp   (Megatron's f)
+    reduce_from_tp         all-reduce      P -> I      identity         copy_to_tp       (Megatron's g)
+    scatter_to_tp          slice           I -> S(d)   all-gather       gather_from_tp
+    gather_from_tp         all-gather      S(d) -> I   slice            scatter_to_tp
+    gather_from_sp         all-gather      S(d) -> R   reduce-scatter   reduce_scatter_to_sp
+    reduce_scatter_to_sp   reduce-scatter  P -> S(d)   all-gather       gather_from_sp
+    all_to_all             all-to-all                  all-to-all       itself
+
+The backward of each calls its dual's public function, so double backward works, and a breakpoint set in a function here stops
+in forward and backward alike. Where no gradient can flow no autograd node is made. The classes are called as the functions are:
+their names are what a profiler shows. f and g are from Megatron-LM (Shoeybi et al. 2019, arXiv:1909.08053), the sequence
+parallel pair from Korthikanti et al. 2022 (arXiv:2205.05198).
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.functional import pad
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+Sizes = tuple[int, ...]
+
+
+def copy_to_tp(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """I -> R: `x` as it is; backward sums the ranks' partial gradients (Megatron's f).
+
+    Shapes: any, unchanged. Without gradient the very same object comes back.
+    """
+    return CopyToTP.apply(x, mesh) if _needs_grad(x) else x
+
+
+def reduce_from_tp(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """P -> I: sum over the ranks of `mesh`; backward is the identity (Megatron's g).
+
+    Consumes `x`: where that is safe (a contiguous tensor, not a leaf, not a view) the sum is written into it, and autograd is told so.
+    Shapes: any, unchanged; any dtype that the backend reduces. Each rank's gradient is already whole, so summing it again (as torch's
+    functional all-reduce does) would multiply it by the size.
+    """
+    if _needs_grad(x):
+        return ReduceFromTP.apply(x, mesh)
+    x = x.contiguous()
+    dist.all_reduce(x, group=mesh.get_group())
+    return x
+
+
+def scatter_to_tp(x: Tensor, mesh: DeviceMesh, dim: int = -1, sizes: Sizes | None = None) -> Tensor:
+    """I -> S(dim): this rank's slice of a replicated `x`; backward gathers the slices' gradients.
+
+    Shapes: (..., n, ...) -> (..., sizes[rank], ...); `sizes` are the ranks' lengths along `dim`, by default n / size each.
+    """
+    sizes = sizes or even_sizes(x.shape[dim], mesh.size())
+    return ScatterToTP.apply(x, mesh, dim, sizes) if _needs_grad(x) else _slice(x, mesh, dim, sizes)
+
+
+def gather_from_tp(x: Tensor, mesh: DeviceMesh, dim: int = -1, sizes: Sizes | None = None) -> Tensor:
+    """S(dim) -> I: the ranks' slices put together, on every rank; backward takes this rank's slice of the gradient.
+
+    Shapes: (..., sizes[rank], ...) -> (..., sum(sizes), ...); `sizes` by default all as this rank's.
+    """
+    sizes = sizes or (x.shape[dim],) * mesh.size()
+    return GatherFromTP.apply(x, mesh, dim, sizes) if _needs_grad(x) else _all_gather(x, mesh, dim, sizes)
+
+
+def gather_from_sp(x: Tensor, mesh: DeviceMesh, dim: int = 1, sizes: Sizes | None = None) -> Tensor:
+    """S(dim) -> R: the ranks' slices put together; backward sums the partial gradients and keeps this rank's slice.
+
+    Shapes as `gather_from_tp`. For a sequence-parallel input of a column-wise layer.
+    """
+    sizes = sizes or (x.shape[dim],) * mesh.size()
+    return GatherFromSP.apply(x, mesh, dim, sizes) if _needs_grad(x) else _all_gather(x, mesh, dim, sizes)
+
+
+def reduce_scatter_to_sp(x: Tensor, mesh: DeviceMesh, dim: int = 1, sizes: Sizes | None = None) -> Tensor:
+    """P -> S(dim): the sum over the ranks, of which each keeps its slice; backward gathers the slices' gradients.
+
+    Shapes as `scatter_to_tp`. For the output of a row-wise layer in a sequence-parallel region.
+    """
+    sizes = sizes or even_sizes(x.shape[dim], mesh.size())
+    return ReduceScatterToSP.apply(x, mesh, dim, sizes) if _needs_grad(x) else _reduce_scatter(x, mesh, dim, sizes)
+
+
+def all_to_all(x: Tensor, mesh: DeviceMesh, receive: Sizes, send: Sizes) -> Tensor:
+    """Rows to other ranks: the first `send[0]` rows of `x` to rank 0, the next to rank 1, ...; backward sends the gradients home.
+
+    Shapes: (sum(send), ...) -> (sum(receive), ...), rows in the order of the ranks that they came from.
+    """
+    return AllToAll.apply(x, mesh, receive, send) if _needs_grad(x) else _exchange(x, mesh, receive, send)
+
+
+def even_sizes(length: int, size: int) -> Sizes:
+    """The lengths of `size` contiguous pieces, as even as can be, the first ones longer."""
+    share, rest = divmod(length, size)
+    return tuple(share + (rank < rest) for rank in range(size))
+
+
+def _needs_grad(x: Tensor) -> bool:
+    return x.requires_grad and torch.is_grad_enabled()
+
+
+class CopyToTP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mesh: DeviceMesh) -> Tensor:
+        ctx.mesh = mesh
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        # Cloned, because autograd may hand the same gradient object to a sibling (the other operand of an addition).
+        return reduce_from_tp(grad.clone(memory_format=torch.contiguous_format), ctx.mesh), None
+
+
+class ReduceFromTP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mesh: DeviceMesh) -> Tensor:
+        ctx.mesh = mesh
+        # Unmarked, an in-place sum silently corrupts what the operation before saved for its backward (exp saves its output).
+        if not torch.compiler.is_compiling() and x.is_contiguous() and not x.is_leaf and not x._is_view():
+            ctx.mark_dirty(x)
+        else:
+            x = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x, group=mesh.get_group())
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return copy_to_tp(grad, ctx.mesh), None
+
+
+class ScatterToTP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mesh: DeviceMesh, dim: int, sizes: Sizes) -> Tensor:
+        ctx.call = (mesh, dim, sizes)
+        return _slice(x, mesh, dim, sizes)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return gather_from_tp(grad, *ctx.call), None, None, None
+
+
+class GatherFromTP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mesh: DeviceMesh, dim: int, sizes: Sizes) -> Tensor:
+        ctx.call = (mesh, dim, sizes)
+        return _all_gather(x, mesh, dim, sizes)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return scatter_to_tp(grad, *ctx.call), None, None, None
+
+
+class GatherFromSP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mesh: DeviceMesh, dim: int, sizes: Sizes) -> Tensor:
+        ctx.call = (mesh, dim, sizes)
+        return _all_gather(x, mesh, dim, sizes)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return reduce_scatter_to_sp(grad, *ctx.call), None, None, None
+
+
+class ReduceScatterToSP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mesh: DeviceMesh, dim: int, sizes: Sizes) -> Tensor:
+        ctx.call = (mesh, dim, sizes)
+        return _reduce_scatter(x, mesh, dim, sizes)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return gather_from_sp(grad, *ctx.call), None, None, None
+
+
+class AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mesh: DeviceMesh, receive: Sizes, send: Sizes) -> Tensor:
+        ctx.mesh, ctx.receive, ctx.send = mesh, receive, send
+        return _exchange(x, mesh, receive, send)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return all_to_all(grad, ctx.mesh, receive=ctx.send, send=ctx.receive), None, None, None
+
+
+def _slice(x: Tensor, mesh: DeviceMesh, dim: int, sizes: Sizes) -> Tensor:
+    rank = mesh.get_local_rank()
+    return x.narrow(dim, sum(sizes[:rank]), sizes[rank]).contiguous()
+
+
+def _all_gather(x: Tensor, mesh: DeviceMesh, dim: int, sizes: Sizes) -> Tensor:
+    dim, longest = dim % x.dim(), max(sizes)
+    if x.shape[dim] < longest:
+        x = pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, longest - x.shape[dim]))
+    x = x.contiguous()
+    stacked = x.new_empty(len(sizes) * x.shape[0], *x.shape[1:]) if x.dim() else x.new_empty(len(sizes))
+    dist.all_gather_into_tensor(stacked, x, group=mesh.get_group())
+    if min(sizes) == longest:
+        return stacked if dim == 0 else stacked.unflatten(0, (len(sizes), -1)).movedim(0, dim).flatten(dim, dim + 1)
+    parts = stacked.unflatten(0, (len(sizes), -1)).unbind(0)
+    return torch.cat([part.narrow(dim, 0, length) for part, length in zip(parts, sizes, strict=True)], dim)
+
+
+def _reduce_scatter(x: Tensor, mesh: DeviceMesh, dim: int, sizes: Sizes) -> Tensor:
+    dim, longest = dim % x.dim(), max(sizes)
+    starts = (0, *accumulate(sizes[:-1]))
+    parts = [x.narrow(dim, start, length) for start, length in zip(starts, sizes, strict=True)]
+    if min(sizes) < longest:
+        fill = (0, 0) * (x.dim() - 1 - dim)
+        parts = [pad(part, (*fill, 0, longest - part.shape[dim])) for part in parts]
+    stacked = torch.cat(parts, 0) if dim else torch.cat(parts, 0).contiguous()
+    mine = x.new_empty(parts[0].shape)
+    dist.reduce_scatter_tensor(mine, stacked, group=mesh.get_group())
+    length = sizes[mesh.get_local_rank()]
+    return mine if length == longest else mine.narrow(dim, 0, length).contiguous()
+
+
+def _exchange(x: Tensor, mesh: DeviceMesh, receive: Sizes, send: Sizes) -> Tensor:
+    out = x.new_empty(sum(receive), *x.shape[1:])
+    dist.all_to_all_single(out, x.contiguous(), list(receive), list(send), group=mesh.get_group())
+    return out

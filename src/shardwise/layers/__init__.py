@@ -1,0 +1,104 @@
+"""The parallel styles, by the names that plans use.
+
+| name | class |
+|---|---|
+| `colwise`, `rowwise` | `ColwiseParallel`, `RowwiseParallel` |
+| `colwise_gather_output` (`colwise_rep`), `rowwise_split_input` (`rowwise_rep`) | `ColwiseGatherOutput`, `RowwiseSplitInput` |
+| `packed_colwise`, `packed_rowwise` | `PackedColwiseParallel`, `PackedRowwiseParallel` |
+| `embedding_rowwise`, `embedding_colwise` | `EmbeddingRowwise`, `EmbeddingColwise` |
+| `replicate`, `replicated_with_grad_allreduce`, `local_params`, `all_reduce` | `Replicate`, `ReplicatedWithGradAllReduce`, ... |
+| `sequence_parallel`, `mla_kv_a_proj` | `SequenceParallel`, `MlaKvAProjParallel` |
+| `moe_tp_experts`, `moe_identity_expert`, `grouped_gemm`, `ep_router`, `ep_dispatch_experts` | `MoeExpertsParallel`, ... |
+"""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+
+from shardwise.layers.base import (
+    Cut,
+    ParallelStyle,
+    ShardState,
+    SharedInput,
+    is_parallel,
+    original_class,
+    parallel_class,
+    sum_gradient,
+)
+from shardwise.layers.embedding import EmbeddingColwise, EmbeddingRowwise
+from shardwise.layers.experts import EpDispatchExperts, EpRouter, GroupedGemm, MoeExpertsParallel, MoeIdentityExpert
+from shardwise.layers.linear import (
+    ColwiseGatherOutput,
+    ColwiseParallel,
+    PackedColwiseParallel,
+    PackedRowwiseParallel,
+    RowwiseParallel,
+    RowwiseSplitInput,
+    stores_transposed,
+)
+from shardwise.layers.replicated import (
+    AllReduceParallel,
+    LocalParamsParallel,
+    MlaKvAProjParallel,
+    Replicate,
+    ReplicatedWithGradAllReduce,
+    SequenceParallel,
+)
+
+STYLES: MappingProxyType[str, type[ParallelStyle]] = MappingProxyType(
+    {
+        "colwise": ColwiseParallel,
+        "colwise_gather_output": ColwiseGatherOutput,
+        "colwise_rep": ColwiseGatherOutput,
+        "rowwise": RowwiseParallel,
+        "rowwise_split_input": RowwiseSplitInput,
+        "rowwise_rep": RowwiseSplitInput,
+        "packed_colwise": PackedColwiseParallel,
+        "packed_rowwise": PackedRowwiseParallel,
+        "embedding_rowwise": EmbeddingRowwise,
+        "embedding_colwise": EmbeddingColwise,
+        "sequence_parallel": SequenceParallel,
+        "replicate": Replicate,
+        "replicated_with_grad_allreduce": ReplicatedWithGradAllReduce,
+        "all_reduce": AllReduceParallel,
+        "mla_kv_a_proj": MlaKvAProjParallel,
+        "moe_tp_experts": MoeExpertsParallel,
+        "moe_identity_expert": MoeIdentityExpert,
+        "local_params": LocalParamsParallel,
+        "grouped_gemm": GroupedGemm,
+        "ep_router": EpRouter,
+        "ep_dispatch_experts": EpDispatchExperts,
+    }
+)
+
+__all__ = [
+    "STYLES",
+    "AllReduceParallel",
+    "ColwiseGatherOutput",
+    "ColwiseParallel",
+    "Cut",
+    "EmbeddingColwise",
+    "EmbeddingRowwise",
+    "EpDispatchExperts",
+    "EpRouter",
+    "GroupedGemm",
+    "LocalParamsParallel",
+    "MlaKvAProjParallel",
+    "MoeExpertsParallel",
+    "MoeIdentityExpert",
+    "PackedColwiseParallel",
+    "PackedRowwiseParallel",
+    "ParallelStyle",
+    "Replicate",
+    "ReplicatedWithGradAllReduce",
+    "RowwiseParallel",
+    "RowwiseSplitInput",
+    "SequenceParallel",
+    "ShardState",
+    "SharedInput",
+    "is_parallel",
+    "original_class",
+    "parallel_class",
+    "stores_transposed",
+    "sum_gradient",
+]

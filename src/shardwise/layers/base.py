@@ -1,0 +1,217 @@
+"""What every parallel style is: a class mixed in front of a module's own, and the layouts that its parameters get.
+
+A module becomes parallel by having its class assigned, `module.__class__ = parallel_class(style, type(module))`, as FSDP2 does: no
+hooks, no wrappers, no replaced `forward`. So state-dict keys stay, `deepcopy` and `pickle` work, our line stands in the traceback,
+and undoing it is one assignment.
+"""
+
+from __future__ import annotations
+
+import copyreg
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from shardwise.collectives import Sizes, copy_to_tp
+from shardwise.layout import Block, Layout, Packed, Replicated, Shape, Sharded, Spread
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Where a style may cut a parameter: what its layout needs to know besides the shape.
+
+    Args:
+        unit: indices that stay together (a head's dims).
+        spread: what to do with fewer units than ranks, see `shardwise.layout.Block`.
+        blocks: the matrices that are fused along the cut dim, where there are several.
+        transposed: the weight is kept as (in, out).
+    """
+
+    unit: int = 1
+    spread: Spread = "split"
+    blocks: tuple[Block, ...] = ()
+    transposed: bool = False
+
+    def along(self, dim: int) -> Layout:
+        """The layout that cuts `dim` so."""
+        return Packed(dim, self.blocks) if self.blocks else Sharded(dim, self.unit, self.spread)
+
+
+class SharedInput:
+    """One `copy_to_tp` for all siblings that read the same tensor, so that one all-reduce carries the sum of their gradients.
+
+    q, k and v read one tensor, gate and up another. The first column-wise layer that sees it makes the copy, a sibling that gets the
+    very same object (not an equal one) reuses it. Holds one activation at most: the row-wise layer that ends the region clears it.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    def enter(self, x: Tensor, mesh: DeviceMesh) -> Tensor:
+        """`copy_to_tp(x, mesh)`, made once for one `x`. Shapes: any, unchanged."""
+        if not (x.requires_grad and torch.is_grad_enabled()):
+            return x
+        last = self._last
+        if last is not None and last[0] is x:
+            return last[1]
+        copy = copy_to_tp(x, mesh)
+        self._last = (x, copy)
+        return copy
+
+    def clear(self) -> None:
+        """Let go of the activation."""
+        self._last = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SharedInput:
+        return SharedInput()
+
+    def __reduce__(self) -> tuple[type[SharedInput], tuple[()]]:
+        return SharedInput, ()
+
+
+@dataclass
+class ShardState:
+    """What a parallel module knows about itself: its axis, its parameters' layouts and full shapes, and its siblings.
+
+    Args:
+        mesh: the one-dimensional tp mesh.
+        layouts: layout and full shape by name, for each parameter and buffer of this module that has a row in the plan.
+        transposed: the weight is kept as (in, out).
+        options: what the plan says to the style besides (the rotary dims of a latent projection, ...).
+        shared: the memo of the shared input; None where no sibling reads the same tensor.
+        restore: attributes as they were before, for the way back.
+
+    `sizes` has the ranks' lengths along each parameter's cut dim.
+    """
+
+    mesh: DeviceMesh
+    layouts: dict[str, tuple[Layout, Shape]] = field(default_factory=dict)
+    transposed: bool = False
+    options: Mapping[str, int] = field(default_factory=dict)
+    shared: SharedInput | None = None
+    restore: dict[str, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        size = self.mesh.size()
+        self.sizes: dict[str, Sizes] = {}
+        for name, (layout, shape) in self.layouts.items():
+            if (cut := layout.cut(shape)) is not None:
+                self.sizes[name] = tuple(layout.local_shape(shape, rank, size)[cut[0]] for rank in range(size))
+
+    def enter(self, x: Tensor) -> Tensor:
+        """The input of a column-wise layer: I -> R, shared among siblings."""
+        return copy_to_tp(x, self.mesh) if self.shared is None else self.shared.enter(x, self.mesh)
+
+    def leave(self) -> None:
+        """The end of a parallel region."""
+        if self.shared is not None:
+            self.shared.clear()
+
+
+class ParallelStyle(nn.Module):
+    """Base of the styles. A subclass overrides `forward` and says how the module's parameters lie.
+
+    `shardwise.register_style("mine", MyStyle)` makes a style available to plans under a name. The class is mixed in front of the
+    module's own, so `super().forward(...)` is the module's own forward, on local parameters.
+    """
+
+    prefix: ClassVar[str] = "Parallel"
+    reads_shared_input: ClassVar[bool] = False
+    ends_shared_input: ClassVar[bool] = False
+    gradient_is_partial: ClassVar[bool] = False
+    _tp: ShardState
+
+    @classmethod
+    def layout(cls, shape: Shape, cut: Cut) -> Layout:
+        """The layout of a parameter of full `shape`: of the module under the style, or one that a rule names itself."""
+        return Replicated()
+
+    @classmethod
+    def refuses(cls, module: nn.Module) -> str | None:
+        """Why the style can't be applied to `module`, in words; None where it can."""
+        return None
+
+    @classmethod
+    def local_attributes(cls, module: nn.Module, local: Callable[[str], Shape]) -> dict[str, int | None]:
+        """Attributes of `module` that must become local, by name; `local(name)` is a parameter's local shape."""
+        return {}
+
+    def extra_repr(self) -> str:
+        own = super().extra_repr()
+        return f"{own}, tp={self._tp.mesh.size()}" if own else f"tp={self._tp.mesh.size()}"
+
+
+@cache
+def parallel_class(style: type[ParallelStyle], base: type[nn.Module], summed: tuple[str, ...] = ()) -> type[nn.Module]:
+    """The class of a `base` module under `style`; the same object for the same arguments (torch.compile would recompile otherwise).
+
+    Args:
+        style: what to mix in front.
+        base: the module's own class.
+        summed: parameters of which each rank's gradient is a part: reading one gives a value whose gradient is summed.
+    """
+    namespace: dict[str, object] = {name: _summed_parameter(name) for name in summed}
+    namespace |= {"__module__": base.__module__, "_parallel": (style, base, summed), "__reduce_ex__": _reduce_parallel}
+    return type(f"{style.prefix}{base.__name__}", (style, base), namespace)
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class that `module` had before it became parallel."""
+    base: type[nn.Module] = module._parallel[1] if is_parallel(module) else type(module)
+    return base
+
+
+def is_parallel(module: nn.Module) -> bool:
+    """Whether `module` had its class assigned by us."""
+    return "_parallel" in vars(type(module))
+
+
+def _summed_parameter(name: str) -> property:
+    def read(self: ParallelStyle) -> Tensor | None:
+        parameter = self._parameters[name]
+        return None if parameter is None else sum_gradient(parameter, *self._tp.layouts[name], self._tp.mesh)
+
+    return property(read)
+
+
+def sum_gradient(parameter: Tensor, layout: Layout, shape: Shape, mesh: DeviceMesh) -> Tensor:
+    """`parameter`, such that what each backward adds to its gradient is summed over the ranks that hold the same values.
+
+    The *contribution* is summed, not the accumulated `.grad`: that would add earlier micro-batches `size` times. A parameter that is kept
+    whole goes through `copy_to_tp`; of a partly replicated one (KV heads shared by ranks) the replicated pieces are put at their place
+    in a zero tensor of the full length first, so that a sum over all ranks is one over the holders. Shapes: as `parameter`.
+    """
+    if not (parameter.requires_grad and torch.is_grad_enabled()):
+        return parameter
+    cut = layout.cut(shape)
+    if cut is None:
+        return copy_to_tp(parameter, mesh)
+    dim, _ = cut
+    rank, parts = mesh.get_local_rank(), []
+    for piece in layout.pieces(shape, rank, mesh.size()):
+        part = parameter.narrow(dim, piece.local.start, piece.local.stop - piece.local.start)
+        parts.append(_sum_piece(part, dim, piece.full, shape[dim], mesh) if piece.copies > 1 else part)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def _sum_piece(part: Tensor, dim: int, full: slice, length: int, mesh: DeviceMesh) -> Tensor:
+    sides = (0, 0) * (part.dim() - 1 - dim) + (full.start, length - full.stop)
+    return copy_to_tp(pad(part, sides), mesh).narrow(dim, full.start, full.stop - full.start)
+
+
+def _reduce_parallel(module: nn.Module, protocol: int) -> tuple[object, ...]:
+    style, base, summed = module._parallel
+    return _rebuild, (style, base, summed), module.__dict__
+
+
+def _rebuild(style: type[ParallelStyle], base: type[nn.Module], summed: tuple[str, ...]) -> nn.Module:
+    built: nn.Module = copyreg.__newobj__(parallel_class(style, base, summed))  # type: ignore[attr-defined]
+    return built

@@ -1,0 +1,70 @@
+"""Embeddings split over the vocabulary or over the features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from shardwise.collectives import gather_from_tp, reduce_from_tp
+from shardwise.layers.base import Cut, ParallelStyle
+from shardwise.layout import Layout, Shape
+
+
+class EmbeddingStyle(ParallelStyle):
+    """What the embedding styles share."""
+
+    @classmethod
+    def refuses(cls, module: nn.Module) -> str | None:
+        return None if isinstance(module, nn.Embedding) else f"{type(module).__name__} is not an embedding"
+
+    @classmethod
+    def local_attributes(cls, module: nn.Module, local: Callable[[str], Shape]) -> dict[str, int | None]:
+        rows, columns = local("weight")
+        return {"num_embeddings": rows, "embedding_dim": columns}
+
+    def extra_repr(self) -> str:
+        local, full = self._parameters["weight"], self._tp.layouts["weight"][1]
+        assert local is not None
+        words = [f"{a} of {b}" if a != b else str(a) for a, b in zip(local.shape, full, strict=True)]
+        return f"{', '.join(words)}, tp={self._tp.mesh.size()}"
+
+
+class EmbeddingRowwise(EmbeddingStyle):
+    """The vocabulary split: mask the ids of others, look up, sum.  ids (...) I -> (..., features) I.
+
+    Whatever the module's own forward does with a row (a scale) happens before the mask. Megatron-LM, arXiv:1909.08053.
+    """
+
+    prefix = "VocabParallel"
+
+    @classmethod
+    def layout(cls, shape: Shape, cut: Cut) -> Layout:
+        return cut.along(0)
+
+    @classmethod
+    def refuses(cls, module: nn.Module) -> str | None:
+        if getattr(module, "max_norm", None) is not None:
+            return "an embedding with max_norm renormalises rows that other ranks hold"
+        return super().refuses(module)
+
+    def forward(self, input: Tensor) -> Tensor:
+        mesh, sizes = self._tp.mesh, self._tp.sizes["weight"]
+        rank = mesh.get_local_rank()
+        ids = input - sum(sizes[:rank])
+        elsewhere = (ids < 0) | (ids >= sizes[rank])
+        rows = super().forward(ids.masked_fill(elsewhere, 0))
+        return reduce_from_tp(rows.masked_fill(elsewhere.unsqueeze(-1), 0), mesh)
+
+
+class EmbeddingColwise(EmbeddingStyle):
+    """The features split: each rank looks up its slice of every row, and the slices are gathered.  ids (...) I -> (..., features) I."""
+
+    prefix = "FeatureParallel"
+
+    @classmethod
+    def layout(cls, shape: Shape, cut: Cut) -> Layout:
+        return cut.along(1)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return gather_from_tp(super().forward(input), self._tp.mesh, -1, self._tp.sizes["weight"])

@@ -1,0 +1,94 @@
+"""Mixture-of-experts modules: every expert split over the ranks (tensor parallel), or every rank some experts (expert parallel).
+
+The experts' forward takes (hidden states (tokens, features), expert ids (tokens, k), routing weights (tokens, k)). Hidden states and
+routing weights enter as R: each rank sees only its part of what follows, so both gradients are summed in backward, the router's through
+the routing weights. The output is a part on every rank, and summed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shardwise.collectives import copy_to_tp, reduce_from_tp
+from shardwise.layers.base import Cut, ParallelStyle
+from shardwise.layers.replicated import Replicate
+from shardwise.layout import Layout, Shape
+
+
+class MoeExpertsParallel(ParallelStyle):
+    """Every rank computes its slice of every expert.  (X I, ids I, weights I) -> Y I."""
+
+    prefix = "TensorParallel"
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        mesh = self._tp.mesh
+        args = tuple(_enter(value, mesh) for value in args)
+        kwargs = {name: _enter(value, mesh) for name, value in kwargs.items()}
+        return _sum(super().forward(*args, **kwargs), mesh)
+
+
+class MoeIdentityExpert(ParallelStyle):
+    """An expert that returns its input, inside experts whose outputs are summed: only the first rank contributes.  X R -> X P."""
+
+    prefix = "Identity"
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(input, *args, **kwargs)
+        return output if self._tp.mesh.get_local_rank() == 0 else torch.zeros_like(output)
+
+
+class GroupedGemm(ParallelStyle):
+    """For the stacked weights of experts: split over the experts, which is dim 0."""
+
+    prefix = "GroupedGemm"
+
+    @classmethod
+    def layout(cls, shape: Shape, cut: Cut) -> Layout:
+        return Cut(spread=cut.spread).along(0)
+
+
+class EpDispatchExperts(MoeExpertsParallel):
+    """Every rank computes its own experts for all tokens, and the outputs are summed.  (X I, ids I, weights I) -> Y I.
+
+    Ids of other ranks' experts become `num_experts` (local), which transformers' experts skip, with a routing weight of zero.
+    """
+
+    prefix = "ExpertParallel"
+
+    @classmethod
+    def refuses(cls, module: nn.Module) -> str | None:
+        return None if hasattr(module, "num_experts") else f"{type(module).__name__} does not say how many experts it has (num_experts)"
+
+    @classmethod
+    def local_attributes(cls, module: nn.Module, local: Callable[[str], Shape]) -> dict[str, int | None]:
+        stacked = next(name for name, parameter in module.named_parameters(recurse=False) if parameter.dim() == 3)
+        attributes: dict[str, int | None] = {"num_experts": local(stacked)[0]}
+        return attributes | ({"_is_expert_parallel": True} if hasattr(module, "_is_expert_parallel") else {})
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *args: Any, **kwargs: Any) -> Any:
+        sizes = next(iter(self._tp.sizes.values()))
+        rank = self._tp.mesh.get_local_rank()
+        ids = top_k_index - sum(sizes[:rank])
+        elsewhere = (ids < 0) | (ids >= sizes[rank])
+        ids = ids.masked_fill(elsewhere, sizes[rank])
+        return super().forward(hidden_states, ids, top_k_weights.masked_fill(elsewhere, 0), *args, **kwargs)
+
+
+class EpRouter(Replicate):
+    """The router of expert-parallel experts: whole, and the same on every rank. The experts' own style does the dispatch."""
+
+    prefix = "EpRouter"
+
+
+def _enter(value: Any, mesh: Any) -> Any:
+    return copy_to_tp(value, mesh) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _sum(output: Any, mesh: Any) -> Any:
+    if isinstance(output, tuple):
+        return (_sum(output[0], mesh), *output[1:])
+    return reduce_from_tp(output, mesh)

@@ -1,0 +1,145 @@
+"""Column-wise and row-wise linear layers.
+
+    colwise    Y = X Aᵀ + b, rows of A split:     X (..., in) I          ->  Y (..., out/tp) S(-1)
+    rowwise    Y = X Aᵀ + b, columns of A split:  X (..., in/tp) S(-1)   ->  Y (..., out) I, the bias added once, after the sum
+
+A and b as `torch.nn.Linear` keeps them; transformers' `Conv1D` (GPT-2) keeps A transposed. Megatron-LM, arXiv:1909.08053.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from shardwise.collectives import gather_from_tp, reduce_from_tp, scatter_to_tp
+from shardwise.layers.base import Cut, ParallelStyle
+from shardwise.layout import Block, Layout, Packed, Replicated, Shape
+
+
+def stores_transposed(module: nn.Module) -> bool:
+    """Whether `module` keeps its weight as (in, out), as transformers' Conv1D does."""
+    return hasattr(module, "nf") and not hasattr(module, "out_features")
+
+
+class LinearStyle(ParallelStyle):
+    """What the linear styles share: which attributes of the module say its width, and how it prints."""
+
+    @classmethod
+    def refuses(cls, module: nn.Module) -> str | None:
+        if hasattr(module, "out_features") or stores_transposed(module):
+            return None
+        return f"{type(module).__name__} is not a linear layer (it has no out_features)"
+
+    @classmethod
+    def local_attributes(cls, module: nn.Module, local: Callable[[str], Shape]) -> dict[str, int | None]:
+        rows, columns = local("weight")
+        return {"nf": columns, "nx": rows} if stores_transposed(module) else {"in_features": columns, "out_features": rows}
+
+    def extra_repr(self) -> str:
+        local, full = self._parameters["weight"], self._tp.layouts["weight"][1]
+        assert local is not None
+        pairs = list(zip(local.shape, full, strict=True))
+        outputs, inputs = reversed(pairs) if self._tp.transposed else pairs
+        words = [f"{name}={a} of {b}" if a != b else f"{name}={a}" for name, (a, b) in (("in_features", inputs), ("out_features", outputs))]
+        return ", ".join([*words, f"bias={self._parameters.get('bias') is not None}", f"tp={self._tp.mesh.size()}"])
+
+
+class ColwiseParallel(LinearStyle):
+    """Y = X Aᵀ + b with the rows of A split.  X (..., in) I -> Y (..., out/tp) S(-1).
+
+    Backward sums the input's gradient over the ranks, once for all siblings that read the same input.
+    """
+
+    prefix = "Colwise"
+    reads_shared_input = True
+
+    @classmethod
+    def layout(cls, shape: Shape, cut: Cut) -> Layout:
+        return cut.along(_output_dim(shape, cut))
+
+    def forward(self, input: Tensor) -> Tensor:
+        output: Tensor = super().forward(self._tp.enter(input))
+        return output
+
+
+class ColwiseGatherOutput(ColwiseParallel):
+    """`ColwiseParallel`, and the outputs gathered.  X (..., in) I -> Y (..., out) I."""
+
+    prefix = "ColwiseGather"
+
+    def forward(self, input: Tensor) -> Tensor:
+        local = super().forward(input)
+        return gather_from_tp(local, self._tp.mesh, -1, self._tp.sizes["weight"])
+
+
+class RowwiseParallel(LinearStyle):
+    """Y = X Aᵀ + b with the columns of A split.  X (..., in/tp) S(-1) -> Y (..., out) I. The bias is added once, after the sum."""
+
+    prefix = "Rowwise"
+    ends_shared_input = True
+
+    @classmethod
+    def layout(cls, shape: Shape, cut: Cut) -> Layout:
+        return Replicated() if len(shape) == 1 else cut.along(_input_dim(shape, cut))
+
+    @classmethod
+    def refuses(cls, module: nn.Module) -> str | None:
+        own = type(module).forward is nn.Linear.forward or stores_transposed(module)
+        if not own and getattr(module, "bias", None) is not None:
+            return f"{type(module).__name__} has a forward of its own with a bias, which would be added by every rank"
+        return super().refuses(module)
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._tp.leave()
+        bias = self._parameters.get("bias")
+        if self._tp.transposed:
+            partial = torch.matmul(input, self.weight)
+        else:
+            partial = linear(input, self.weight) if bias is not None else super().forward(input)
+        output = reduce_from_tp(partial, self._tp.mesh)
+        return output if bias is None else output + self.bias
+
+
+class RowwiseSplitInput(RowwiseParallel):
+    """`RowwiseParallel` behind a layer that is not split: takes its slice of the input.  X (..., in) I -> Y (..., out) I."""
+
+    prefix = "RowwiseSplit"
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(scatter_to_tp(input, self._tp.mesh, -1, self._tp.sizes["weight"]))
+
+
+class PackedColwiseParallel(ColwiseParallel):
+    """`ColwiseParallel` of a weight in which two matrices are fused (gate | up): each is cut on its own, so each rank gets a pair."""
+
+    prefix = "PackedColwise"
+
+    @classmethod
+    def layout(cls, shape: Shape, cut: Cut) -> Layout:
+        return _halves(shape, cut, _output_dim(shape, cut))
+
+
+class PackedRowwiseParallel(RowwiseParallel):
+    """`RowwiseParallel` of a weight whose inputs are two fused halves, each cut on its own."""
+
+    prefix = "PackedRowwise"
+
+    @classmethod
+    def layout(cls, shape: Shape, cut: Cut) -> Layout:
+        return Replicated() if len(shape) == 1 else _halves(shape, cut, _input_dim(shape, cut))
+
+
+def _output_dim(shape: Shape, cut: Cut) -> int:
+    return len(shape) - 1 if len(shape) == 1 or cut.transposed else len(shape) - 2
+
+
+def _input_dim(shape: Shape, cut: Cut) -> int:
+    return len(shape) - 2 if cut.transposed else len(shape) - 1
+
+
+def _halves(shape: Shape, cut: Cut, dim: int) -> Layout:
+    half = Block(shape[dim] // 2, cut.unit, cut.spread)
+    return cut.along(dim) if cut.blocks else Packed(dim, (half, half))

@@ -1,0 +1,80 @@
+"""Modules that every rank keeps whole, and what still has to be summed or sliced around them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardwise.collectives import copy_to_tp, even_sizes, gather_from_tp, reduce_from_tp, scatter_to_tp
+from shardwise.layers.base import ParallelStyle
+
+
+class Replicate(ParallelStyle):
+    """Every rank keeps the module whole and computes the same. A parameter that a rule gives this style is whole on purpose."""
+
+    prefix = "Replicated"
+
+
+class LocalParamsParallel(Replicate):
+    """The owner of bare parameters that have rules of their own (attention sinks): its forward runs on their local shards."""
+
+    prefix = "LocalParams"
+
+
+class ReplicatedWithGradAllReduce(Replicate):
+    """Whole parameters that see only this rank's part of the activations (a norm over local heads): their gradients are summed.
+
+    What is summed is each backward's contribution, so accumulated micro-batches are counted once (see `sum_gradient`).
+    """
+
+    prefix = "GradSummed"
+    gradient_is_partial = True
+
+
+class SequenceParallel(Replicate):
+    """A position-wise module (a norm, a dropout) run on this rank's slice of the sequence.  X (batch, sequence, ...) I -> the same, I.
+
+    Its activations take 1/tp of the memory; its whole parameters see 1/tp of the positions, so their gradients are summed.
+    Korthikanti et al. 2022, arXiv:2205.05198.
+    """
+
+    prefix = "SequenceParallel"
+    gradient_is_partial = True
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        sizes = even_sizes(input.shape[1], self._tp.mesh.size())
+        local = super().forward(scatter_to_tp(input, self._tp.mesh, 1, sizes), *args, **kwargs)
+        return gather_from_tp(local, self._tp.mesh, 1, sizes)
+
+
+class AllReduceParallel(Replicate):
+    """A module whose output is a part on each rank: the parts are summed.  Its own output P -> I; of several outputs, the first."""
+
+    prefix = "AllReduce"
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        if isinstance(output, Tensor):
+            return reduce_from_tp(output.clone(), self._tp.mesh)
+        if isinstance(output, tuple):
+            return (reduce_from_tp(output[0].clone(), self._tp.mesh), *output[1:])
+        return output
+
+
+class MlaKvAProjParallel(Replicate):
+    """The latent projection of multi-head latent attention.  X (..., in) I -> (..., latent I | rotary R).
+
+    The latent part goes on to `kv_b_proj`, which sums its gradient itself; the rotary part is read by this rank's heads alone, so its
+    gradient is summed here. Option `rotary`: how many of the last features are rotary. DeepSeek-V2, arXiv:2405.04434.
+    """
+
+    prefix = "MlaKvA"
+
+    def forward(self, input: Tensor) -> Tensor:
+        output: Tensor = super().forward(input)
+        if not (output.requires_grad and torch.is_grad_enabled()):
+            return output
+        latent, rotary = output.tensor_split([output.shape[-1] - self._tp.options["rotary"]], dim=-1)
+        return torch.cat([latent, copy_to_tp(rotary, self._tp.mesh)], dim=-1)

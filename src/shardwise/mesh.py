@@ -1,0 +1,81 @@
+"""The tp axis: from torchrun's environment, or from a `DeviceMesh` that the caller has.
+
+Nothing is kept here: a mesh travels with the modules that use it, so two models on two meshes live side by side. A `DeviceMesh`
+(not a process group) is what modules hold, because it can be deep-copied and pickled.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from shardwise.errors import MeshError, describe
+
+TP_AXIS = "tp"
+
+
+def tp_mesh(tp_size: int | None = None, device_mesh: DeviceMesh | None = None) -> DeviceMesh | None:
+    """The one-dimensional mesh of the tp axis, or None where there is only one process.
+
+    Args:
+        tp_size: ranks on the axis; by default all of them. With fewer, neighbouring ranks form an axis, and the rest is data parallel.
+        device_mesh: a mesh of the caller's: its axis named `"tp"`, or its only axis.
+
+    Starts the default process group when nobody has and torchrun's variables are set (nccl on GPUs, gloo on CPUs).
+    Raises `MeshError` for sizes that the processes cannot form, and where tp_size > 1 is asked of a single process.
+    """
+    if device_mesh is not None:
+        return _given_axis(device_mesh, tp_size)
+    if not dist.is_initialized():
+        if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+            return _single_process(tp_size)
+        _start_process_group()
+    world = dist.get_world_size()
+    size = world if tp_size is None else tp_size
+    if size < 1 or world % size:
+        fix = f"tp_size={', '.join(str(n) for n in range(1, world + 1) if world % n == 0)}"
+        raise MeshError(describe(f"{world} processes cannot form tensor-parallel groups of {size}.", either=[fix + ", or", "start more"]))
+    return init_device_mesh(device_type(), (world // size, size), mesh_dim_names=("dp", TP_AXIS))[TP_AXIS]
+
+
+def device_type() -> str:
+    """`"cuda"` (or another accelerator that torch sees) where there is one, else `"cpu"`."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator.type if accelerator is not None else "cpu"
+
+
+def local_device(mesh: DeviceMesh | None) -> torch.device:
+    """The device on which this rank's shards live."""
+    kind = mesh.device_type if mesh is not None else device_type()
+    return torch.device("cpu") if kind == "cpu" else torch.device(kind, torch.accelerator.current_device_index())
+
+
+def _start_process_group() -> None:
+    kind = device_type()
+    if kind != "cpu":
+        torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")) % torch.accelerator.device_count())
+    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else None if kind != "cpu" else "gloo")
+
+
+def _single_process(tp_size: int | None) -> None:
+    if tp_size not in (None, 1):
+        raise MeshError(
+            describe(
+                f"tp_size={tp_size} was asked for, and this is a single process.",
+                either=[f"start it with: torchrun --nproc-per-node {tp_size} {os.path.basename(sys.argv[0]) or 'script.py'}, or", "leave tp_size out"],
+            )
+        )
+
+
+def _given_axis(mesh: DeviceMesh, tp_size: int | None) -> DeviceMesh:
+    names = mesh.mesh_dim_names or ()
+    if mesh.ndim > 1 and TP_AXIS not in names:
+        raise MeshError(f"device_mesh has the axes {names or mesh.shape} and none is named {TP_AXIS!r}: name it, or pass the one-dimensional sub-mesh.")
+    axis = mesh[TP_AXIS] if mesh.ndim > 1 else mesh
+    if tp_size not in (None, axis.size()):
+        raise MeshError(f"tp_size={tp_size} was asked for, and the mesh's tp axis has {axis.size()} ranks: leave one of the two out.")
+    return axis
