@@ -17,6 +17,8 @@ from types import MappingProxyType
 
 from shardwise.layers.base import (
     Cut,
+    Local,
+    LocalConfig,
     ParallelStyle,
     ShardState,
     SharedInput,
@@ -82,6 +84,8 @@ __all__ = [
     "EpDispatchExperts",
     "EpRouter",
     "GroupedGemm",
+    "Local",
+    "LocalConfig",
     "LocalParamsParallel",
     "MlaKvAProjParallel",
     "MoeExpertsParallel",

@@ -8,7 +8,7 @@ and undoing it is one assignment.
 from __future__ import annotations
 
 import copyreg
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -45,6 +45,26 @@ class Cut:
         return Packed(dim, self.blocks) if self.blocks else Sharded(dim, self.unit, self.spread)
 
 
+@dataclass(frozen=True, slots=True)
+class Local:
+    """What one rank holds of a module's tensors, for `ParallelStyle.local_attributes`."""
+
+    layouts: Mapping[str, tuple[Layout, Shape]]
+    rank: int
+    size: int
+
+    def shape(self, name: str) -> Shape:
+        """The local shape of the tensor called `name`."""
+        layout, shape = self.layouts[name]
+        return layout.local_shape(shape, self.rank, self.size)
+
+    def start(self, name: str) -> int:
+        """Where in the full tensor the local one starts, along the cut dim."""
+        layout, shape = self.layouts[name]
+        pieces = layout.pieces(shape, self.rank, self.size)
+        return pieces[0].full.start if pieces else 0
+
+
 class SharedInput:
     """One `copy_to_tp` for all siblings that read the same tensor, so that one all-reduce carries the sum of their gradients.
 
@@ -75,6 +95,21 @@ class SharedInput:
 
     def __reduce__(self) -> tuple[type[SharedInput], tuple[()]]:
         return SharedInput, ()
+
+
+class LocalConfig:
+    """A view of a model's config in which some numbers are local, for a module whose code reads them there (`config.num_attention_heads`).
+
+    Everything else is read from the shared config at the time of reading, so that a later `set_attn_implementation` is seen.
+    """
+
+    def __init__(self, config: object, local: Mapping[str, int | None]) -> None:
+        self.__dict__.update(local, _shared_config=config)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "_shared_config" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self.__dict__["_shared_config"], name)
 
 
 @dataclass
@@ -140,8 +175,13 @@ class ParallelStyle(nn.Module):
         return None
 
     @classmethod
-    def local_attributes(cls, module: nn.Module, local: Callable[[str], Shape]) -> dict[str, int | None]:
-        """Attributes of `module` that must become local, by name; `local(name)` is a parameter's local shape."""
+    def local_attributes(cls, module: nn.Module, local: Local) -> dict[str, int | None]:
+        """Attributes of `module` that its code reads and that must become local, by name."""
+        return {}
+
+    @classmethod
+    def options(cls, module: nn.Module, parent: nn.Module) -> dict[str, int]:
+        """What the style has to know of `module` or its `parent` besides, read once when the plan is made."""
         return {}
 
     def extra_repr(self) -> str:

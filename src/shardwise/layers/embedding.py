@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor, nn
 
 from shardwise.collectives import gather_from_tp, reduce_from_tp
-from shardwise.layers.base import Cut, ParallelStyle
+from shardwise.layers.base import Cut, Local, ParallelStyle
 from shardwise.layout import Layout, Shape
 
 
@@ -19,8 +17,8 @@ class EmbeddingStyle(ParallelStyle):
         return None if isinstance(module, nn.Embedding) else f"{type(module).__name__} is not an embedding"
 
     @classmethod
-    def local_attributes(cls, module: nn.Module, local: Callable[[str], Shape]) -> dict[str, int | None]:
-        rows, columns = local("weight")
+    def local_attributes(cls, module: nn.Module, local: Local) -> dict[str, int | None]:
+        rows, columns = local.shape("weight")
         return {"num_embeddings": rows, "embedding_dim": columns}
 
     def extra_repr(self) -> str:
@@ -47,6 +45,15 @@ class EmbeddingRowwise(EmbeddingStyle):
         if getattr(module, "max_norm", None) is not None:
             return "an embedding with max_norm renormalises rows that other ranks hold"
         return super().refuses(module)
+
+    @classmethod
+    def local_attributes(cls, module: nn.Module, local: Local) -> dict[str, int | None]:
+        own = super().local_attributes(module, local)
+        pad = module.padding_idx
+        if not isinstance(pad, int):
+            return own
+        mine = pad - local.start("weight")
+        return own | {"padding_idx": mine if 0 <= mine < local.shape("weight")[0] else None}
 
     def forward(self, input: Tensor) -> Tensor:
         mesh, sizes = self._tp.mesh, self._tp.sizes["weight"]

@@ -7,14 +7,13 @@ the routing weights. The output is a part on every rank, and summed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from shardwise.collectives import copy_to_tp, reduce_from_tp
-from shardwise.layers.base import Cut, ParallelStyle
+from shardwise.layers.base import Cut, Local, ParallelStyle
 from shardwise.layers.replicated import Replicate
 from shardwise.layout import Layout, Shape
 
@@ -64,9 +63,9 @@ class EpDispatchExperts(MoeExpertsParallel):
         return None if hasattr(module, "num_experts") else f"{type(module).__name__} does not say how many experts it has (num_experts)"
 
     @classmethod
-    def local_attributes(cls, module: nn.Module, local: Callable[[str], Shape]) -> dict[str, int | None]:
+    def local_attributes(cls, module: nn.Module, local: Local) -> dict[str, int | None]:
         stacked = next(name for name, parameter in module.named_parameters(recurse=False) if parameter.dim() == 3)
-        attributes: dict[str, int | None] = {"num_experts": local(stacked)[0]}
+        attributes: dict[str, int | None] = {"num_experts": local.shape(stacked)[0]}
         return attributes | ({"_is_expert_parallel": True} if hasattr(module, "_is_expert_parallel") else {})
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *args: Any, **kwargs: Any) -> Any:

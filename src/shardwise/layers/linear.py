@@ -8,14 +8,12 @@ A and b as `torch.nn.Linear` keeps them; transformers' `Conv1D` (GPT-2) keeps A 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from shardwise.collectives import gather_from_tp, reduce_from_tp, scatter_to_tp
-from shardwise.layers.base import Cut, ParallelStyle
+from shardwise.layers.base import Cut, Local, ParallelStyle
 from shardwise.layout import Block, Layout, Packed, Replicated, Shape
 
 
@@ -34,8 +32,8 @@ class LinearStyle(ParallelStyle):
         return f"{type(module).__name__} is not a linear layer (it has no out_features)"
 
     @classmethod
-    def local_attributes(cls, module: nn.Module, local: Callable[[str], Shape]) -> dict[str, int | None]:
-        rows, columns = local("weight")
+    def local_attributes(cls, module: nn.Module, local: Local) -> dict[str, int | None]:
+        rows, columns = local.shape("weight")
         return {"nf": columns, "nx": rows} if stores_transposed(module) else {"in_features": columns, "out_features": rows}
 
     def extra_repr(self) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from shardwise.collectives import copy_to_tp, even_sizes, gather_from_tp, reduce_from_tp, scatter_to_tp
+from shardwise.errors import PlanError
 from shardwise.layers.base import ParallelStyle
 
 
@@ -71,6 +72,18 @@ class MlaKvAProjParallel(Replicate):
     """
 
     prefix = "MlaKvA"
+
+    @classmethod
+    def refuses(cls, module: nn.Module) -> str | None:
+        return None if hasattr(module, "out_features") else f"{type(module).__name__} is not a linear layer (it has no out_features)"
+
+    @classmethod
+    def options(cls, module: nn.Module, parent: nn.Module) -> dict[str, int]:
+        for holder in (parent, getattr(parent, "config", None)):
+            rotary = getattr(holder, "qk_rope_head_dim", None)
+            if isinstance(rotary, int):
+                return {"rotary": rotary}
+        raise PlanError(f"mla_kv_a_proj: neither {type(parent).__name__} nor its config says how many features are rotary (qk_rope_head_dim).")
 
     def forward(self, input: Tensor) -> Tensor:
         output: Tensor = super().forward(input)

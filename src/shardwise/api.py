@@ -1,0 +1,96 @@
+"""The library's verbs on a model in memory: plan, parallelize, unparallelize."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from shardwise.coverage import check_coverage
+from shardwise.errors import PlanError, describe
+from shardwise.hf import base_prefix, build_on_meta, model_rules
+from shardwise.mesh import local_device, tp_mesh
+from shardwise.model import ShardedModel
+from shardwise.parallelize import apply_plan, remove_plan, required_state
+from shardwise.plan import Plan
+from shardwise.replicas import check_same_weights
+from shardwise.resolve import resolve
+from shardwise.spec import Rule, ShardSpec
+from shardwise.state import gather_full
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+PlanLike = str | Mapping[str, str] | Plan
+
+
+def make_plan(model_or_config: nn.Module | PreTrainedConfig, tp_size: int, plan: PlanLike = "auto", *, ep_size: int | None = None) -> Plan:
+    """What each of `tp_size` ranks would hold and do. Nothing is read, allocated or changed.
+
+    Args:
+        model_or_config: a model (its tensors may be on meta), or a transformers config, of which the causal-LM class is built on meta.
+        tp_size: ranks on the tp axis.
+        plan: `"auto"` for the model's own plan with our corrections; a dict of pattern: style, merged over it; or a `Plan`.
+        ep_size: ranks over which experts are dealt; None to split every expert instead.
+
+    Raises `PlanError` where it can't be done, naming the module, the numbers and the rule.
+    """
+    model = build_on_meta(model_or_config) if isinstance(model_or_config, PreTrainedConfig) else model_or_config
+    if isinstance(plan, Plan):
+        return plan
+    if ep_size not in (None, 1, tp_size):
+        raise PlanError(f"ep_size={ep_size} with tp_size={tp_size}: experts are dealt to all ranks of the tp axis (ep_size={tp_size}) or split (leave it out).")
+    rules = model_rules(model, tp_size, expert_parallel=ep_size is not None and ep_size > 1)
+    table = resolve(model, [*rules, *_user_rules(model, plan)], tp_size)
+    check_coverage(model, table)
+    return table
+
+
+def parallelize(model: nn.Module, mesh: DeviceMesh | None = None, plan: PlanLike = "auto", *, ep_size: int | None = None) -> nn.Module:
+    """Turn a model that every rank has in memory into each rank's part of it, in place, and return it.
+
+    Args:
+        model: the same on every rank, weights included (checked: a `MismatchError` names the first parameter that differs).
+        mesh: the tp axis (a one-dimensional mesh, or one with an axis named "tp"); by default all processes that torchrun started.
+        plan: as in `shardwise.plan`.
+        ep_size: as in `shardwise.plan`.
+
+    Raises `PlanError` before anything is changed. Collective: every rank of the mesh must call it.
+    """
+    axis = tp_mesh(device_mesh=mesh)
+    if axis is None or axis.size() == 1:
+        return model
+    table = make_plan(model, axis.size(), plan, ep_size=ep_size)
+    check_same_weights(model, axis)
+    device, rank = local_device(axis), axis.get_local_rank()
+
+    def shard(row: ShardSpec, tensor: Tensor) -> Tensor:
+        return (row.layout.shard(tensor, rank, axis.size()) if row.sharded else tensor).to(device)
+
+    apply_plan(model, table, axis, shard, ShardedModel.for_model(model))
+    return model
+
+
+def unparallelize(model: nn.Module) -> nn.Module:
+    """Gather the shards and give the ordinary model back, in place: classes, names, attributes and values. Collective."""
+    mesh = required_state(model).mesh
+    remove_plan(model, lambda row, tensor: gather_full(row, tensor, mesh))
+    return model
+
+
+def _user_rules(model: nn.Module, plan: PlanLike) -> list[Rule]:
+    if isinstance(plan, str):
+        if plan == "auto":
+            return []
+        raise PlanError(describe(f"tp_plan={plan!r} is not a plan.", either=['"auto", or', 'a dict such as {"layers.*.self_attn.q_proj": "colwise"}']))
+    names = {name for name, _ in (*model.named_modules(), *model.named_parameters())}
+    prefix = base_prefix(model)
+    rules = []
+    for pattern, style in plan.items():
+        rule = Rule(pattern, style, "user")
+        relative = Rule(prefix + pattern, style, "user")
+        rules.append(relative if not any(map(rule.matches, names)) and any(map(relative.matches, names)) else rule)
+    return rules

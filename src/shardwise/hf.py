@@ -1,0 +1,70 @@
+"""What we need to know of transformers' models: their plans, their names. (Loading through transformers is `hf_loading.py`.)"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from shardwise.errors import PlanError
+from shardwise.plans import corrections
+from shardwise.spec import Rule
+
+
+def model_rules(model: nn.Module, size: int, expert_parallel: bool = False) -> list[Rule]:
+    """The rules that `model` brings (as transformers merges them from its class and config), then our corrections.
+
+    Args:
+        model: a transformers model; any other module brings no rules.
+        size: ranks on the tp axis.
+        expert_parallel: take the model's expert-parallel rules for the experts.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return []
+    own = dict(model._tp_plan or {})
+    if expert_parallel:
+        own |= dict(model._ep_plan or {})
+    rules = [Rule(pattern, style, "model") for pattern, style in own.items()]
+    return rules + _vocabulary(model, rules) + _corrections(model, size) if rules else _corrections(model, size)
+
+
+def has_expert_plan(model: nn.Module) -> bool:
+    """Whether `model` brings rules for expert parallelism."""
+    return isinstance(model, PreTrainedModel) and bool(model._ep_plan)
+
+
+def base_prefix(model: nn.Module) -> str:
+    """The path of the base model inside `model` ("model." of a LlamaForCausalLM), to which a config's patterns are relative."""
+    if not isinstance(model, PreTrainedModel):
+        return ""
+    base = model.base_model
+    return "" if base is model else f"{model.base_model_prefix}."
+
+
+def _vocabulary(model: PreTrainedModel, rules: list[Rule]) -> list[Rule]:
+    try:
+        embedding = model.get_input_embeddings()
+    except NotImplementedError:
+        return []
+    name = next((name for name, module in model.named_modules() if module is embedding), None)
+    if name is None or not isinstance(embedding, nn.Embedding) or any(rule.matches(name) for rule in rules):
+        return []
+    return [Rule(name, "embedding_rowwise", "shardwise", reason="the vocabulary is large, and no rule of the model's names it")]
+
+
+def _corrections(model: PreTrainedModel, size: int) -> list[Rule]:
+    found: list[Rule] = []
+    for name, module in model.named_modules():
+        if isinstance(module, PreTrainedModel) and module.base_model is module:
+            found += corrections(module.config.model_type, module, f"{name}." if name else "", size)
+    return found
+
+
+def build_on_meta(config: PreTrainedConfig) -> nn.Module:
+    """The causal-LM class of `config` (or what its `architectures` name) on meta: every name and shape, no memory."""
+    with torch.device("meta"):
+        for auto in (AutoModelForCausalLM, AutoModel):
+            if type(config) in auto._model_mapping:
+                model: nn.Module = auto.from_config(config)
+                return model
+    raise PlanError(f"transformers has no causal-LM class for a {type(config).__name__}: build the model yourself under torch.device('meta') and pass it.")

@@ -1,0 +1,33 @@
+"""What a parallel transformers model does differently itself: it saves collectively, and generates the same tokens on every rank."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from shardwise.generation import same_random_state
+from shardwise.layers import ParallelStyle
+from shardwise.saving import save_pretrained
+
+
+class ShardedModel(ParallelStyle):
+    """Mixed in front of a transformers model's own class, whose name it keeps."""
+
+    prefix = ""
+
+    @classmethod
+    def for_model(cls, model: nn.Module) -> type[ShardedModel] | None:
+        """The class to mix in, or None for a module that is no transformers model."""
+        return cls if isinstance(model, PreTrainedModel) else None
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' `generate`; the ranks sample with the first rank's random state. Collective."""
+        same_random_state(self._tp.mesh)
+        return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Write the ordinary checkpoint. Collective: every rank must call it. See `shardwise.saving.save_pretrained`."""
+        save_pretrained(self, save_directory, *args, **kwargs)

@@ -1,0 +1,138 @@
+"""The only file that changes a model: it assigns shards, classes and local attributes, and takes them back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from shardwise.errors import PlanError, ShardwiseError
+from shardwise.layers import LocalConfig, ParallelStyle, SharedInput, ShardState, is_parallel, original_class, parallel_class
+from shardwise.plan import Plan
+from shardwise.spec import ModuleSpec, ShardSpec
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+ReadShard = Callable[[ShardSpec, Tensor], Tensor]
+_STATE = "_shardwise"
+
+
+@dataclass(frozen=True)
+class ModelState:
+    """What a parallel model carries: the table, and the axis that it lies on."""
+
+    plan: Plan
+    mesh: DeviceMesh
+
+
+def apply_plan(model: nn.Module, plan: Plan, mesh: DeviceMesh, read: ReadShard, root: type[ParallelStyle] | None = None) -> None:
+    """Turn `model` into this rank's part of it, in place.
+
+    Args:
+        model: an ordinary model, of which the plan was made.
+        plan: the table.
+        mesh: the tp axis, of the plan's size.
+        read: gives this rank's shard of a tensor; called once for each row.
+        root: what to mix in front of the model's own class.
+    """
+    if state_of(model) is not None:
+        raise PlanError(f"{type(model).__name__} is parallel already: shardwise.unparallelize(model) first.")
+    if plan.size != mesh.size():
+        raise PlanError(f"The plan is for tp={plan.size}, and the mesh has {mesh.size()} ranks: make the plan for this size.")
+    _replace_tensors(model, plan, read)
+    shared: dict[str, SharedInput] = {}
+    for row in plan.modules:
+        module, parent = model.get_submodule(row.name), row.name.rpartition(".")[0]
+        memo = shared.setdefault(parent, SharedInput()) if row.shares_input else None
+        _parallelize_module(module, row, plan, mesh, memo)
+    if root is not None and not is_parallel(model):
+        model.__dict__["_tp"] = ShardState(mesh)
+        model.__class__ = parallel_class(root, type(model))
+    model.__dict__[_STATE] = ModelState(plan, mesh)
+
+
+def remove_plan(model: nn.Module, read: ReadShard) -> None:
+    """Give the ordinary model back, in place; `read` gives the full tensor of a row from this rank's shard (a collective)."""
+    state = required_state(model)
+    _replace_tensors(model, state.plan, read)
+    for row in state.plan.modules:
+        _restore_module(model.get_submodule(row.name))
+    if is_parallel(model):
+        _restore_module(model)
+    del model.__dict__[_STATE]
+
+
+def state_of(model: nn.Module) -> ModelState | None:
+    """The table and the axis of a parallel model, also through the wrappers of DDP and torch.compile; None of an ordinary one."""
+    for attribute in ("_orig_mod", "module"):
+        if _STATE not in model.__dict__ and attribute in model._modules:
+            inner = model._modules[attribute]
+            return state_of(inner) if inner is not None else None
+    state = model.__dict__.get(_STATE)
+    assert state is None or isinstance(state, ModelState)
+    return state
+
+
+def required_state(model: nn.Module) -> ModelState:
+    """As `state_of`; raises `ShardwiseError` for an ordinary model."""
+    state = state_of(model)
+    if state is None:
+        raise ShardwiseError(f"{type(model).__name__} is not parallel: load it with tp_plan='auto', or call shardwise.parallelize(model, mesh).")
+    return state
+
+
+def _replace_tensors(model: nn.Module, plan: Plan, read: ReadShard) -> None:
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    for row in plan.tensors:
+        old = buffers[row.name] if row.buffer else parameters[row.name]
+        with torch.no_grad():
+            new = read(row, old)
+        if new is old:
+            continue
+        if not row.buffer:
+            new = nn.Parameter(new, requires_grad=old.requires_grad)
+        for name in (row.name, *row.aliases):
+            owner, _, child = name.rpartition(".")
+            group = model.get_submodule(owner)
+            (group._buffers if row.buffer else group._parameters)[child] = new  # type: ignore[index,assignment]
+
+
+def _parallelize_module(module: nn.Module, row: ModuleSpec, plan: Plan, mesh: DeviceMesh, memo: SharedInput | None) -> None:
+    rank, own = mesh.get_local_rank(), {}
+    for child in (*module._parameters, *module._buffers):
+        name = f"{row.name}.{child}" if row.name else child
+        if name in plan:
+            own[child] = plan[name]
+    layouts = {child: (spec.layout, spec.shape) for child, spec in own.items()}
+    state = ShardState(mesh, layouts, row.transposed, dict(row.options), memo)
+    for attribute, values in row.attributes.items():
+        _set_local(module, attribute, values[rank], state)
+    summed = tuple(child for child, spec in own.items() if not spec.buffer and _sums(spec, mesh.size()))
+    module.__dict__["_tp"] = state
+    module.__class__ = parallel_class(row.style, type(module), summed)
+
+
+def _sums(spec: ShardSpec, size: int) -> bool:
+    return spec.partial or (spec.sharded and spec.layout.copies(spec.shape, size) > 1)
+
+
+def _set_local(module: nn.Module, attribute: str, value: int | None, state: ShardState) -> None:
+    if attribute.startswith("config."):
+        name = attribute.removeprefix("config.")
+        config = module.__dict__["config"]
+        state.restore.setdefault("config", config)
+        module.__dict__["config"] = LocalConfig(config, {name: value})
+        return
+    state.restore[attribute] = getattr(module, attribute)
+    setattr(module, attribute, value)
+
+
+def _restore_module(module: nn.Module) -> None:
+    state: ShardState = module.__dict__.pop("_tp")
+    module.__class__ = original_class(module)
+    for attribute, value in state.restore.items():
+        setattr(module, attribute, value)

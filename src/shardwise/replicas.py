@@ -1,0 +1,49 @@
+"""Whether the ranks agree on what they hold in common."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from shardwise.errors import MismatchError, describe
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+def check_same_weights(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Raise `MismatchError`, on every rank, when the ranks' copies of an ordinary model differ, naming the first tensor. Collective."""
+    named = {name: tensor for name, tensor in (*model.named_parameters(), *model.named_buffers()) if not tensor.is_meta}
+    sums = torch.tensor([len(named), *(checksum(tensor) for tensor in named.values())], dtype=torch.int64)
+    if (rank := first_difference(sums[:1], mesh)) is not None:
+        raise MismatchError(f"Rank {rank} has another number of parameters and buffers than rank 0: build the same model on every rank.")
+    for name, value in zip(named, sums[1:].split(1), strict=True) if first_difference(sums, mesh) is not None else ():
+        if (rank := first_difference(value, mesh)) is not None:
+            raise MismatchError(
+                describe(
+                    f"{name}: rank {rank} holds other values than rank 0.",
+                    either=["call torch.manual_seed with the same seed on every rank before the model is built, or", "load the same checkpoint on every rank"],
+                )
+            )
+
+
+def first_difference(values: Tensor, mesh: DeviceMesh) -> int | None:
+    """The first rank whose `values` (n, int64, as long on every rank) differ from rank 0's. Collective."""
+    device = "cpu" if mesh.device_type == "cpu" else torch.device(mesh.device_type, torch.accelerator.current_device_index())
+    mine = values.to(device)
+    everyone = mine.new_empty(mesh.size() * len(mine))
+    dist.all_gather_into_tensor(everyone, mine, group=mesh.get_group())
+    rows = everyone.view(mesh.size(), -1).cpu()
+    return next((rank for rank in range(1, mesh.size()) if not torch.equal(rows[rank], rows[0])), None)
+
+
+def checksum(tensor: Tensor) -> int:
+    """The sum of a tensor's bits, taken as integers: the same for the same bits, NaNs included."""
+    whole = tensor.detach().contiguous().view(-1)
+    if tensor.dtype == torch.bool:
+        whole = whole.view(torch.uint8)
+    width = {1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(tensor.element_size(), torch.int64)
+    return int(whole.view(width).sum(dtype=torch.int64)) if tensor.numel() else 0

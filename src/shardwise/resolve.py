@@ -1,0 +1,200 @@
+"""From rules to the table: find what each rule means, check that it can be done, and say so before anything is read or changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+
+import torch
+from torch import nn
+
+from shardwise.errors import PlanError, describe
+from shardwise.heads import Heads, heads_of, runs_over_kv
+from shardwise.layers import Cut, Local, ParallelStyle, Replicate, stores_transposed
+from shardwise.layers.linear import ColwiseGatherOutput, LinearStyle, RowwiseSplitInput
+from shardwise.layers.registry import style_named
+from shardwise.layout import Layout, Replicated
+from shardwise.plan import Plan, wildcard
+from shardwise.spec import ModuleSpec, Rule, ShardSpec
+
+
+def resolve(model: nn.Module, rules: Sequence[Rule], size: int) -> Plan:
+    """The plan for `model` (its parameters may be on meta) on `size` ranks; of several rules for one target the last one holds.
+
+    Raises `PlanError` for a rule of the user's that matches nothing, a style that does not exist or can't be applied, and a size that
+    can't be cut.
+    """
+    resolver = _Resolver(model, size)
+    resolver.assign(rules)
+    rows = tuple(resolver.rows())
+    return Plan(size, rows, tuple(resolver.module_rows({row.name: row for row in rows})))
+
+
+@dataclass
+class _Resolver:
+    model: nn.Module
+    size: int
+    rules: dict[str, Rule] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.modules = dict(self.model.named_modules(remove_duplicate=False))
+        self.tensors: dict[str, torch.Tensor] = dict(self.model.named_parameters(remove_duplicate=False))
+        self.buffers = dict(self.model.named_buffers(remove_duplicate=False))
+
+    def assign(self, rules: Sequence[Rule]) -> None:
+        """Give each module and tensor the last rule that names it."""
+        families: dict[str, list[str]] = {}
+        for name in (*self.modules, *self.tensors, *self.buffers):
+            families.setdefault(wildcard(name), []).append(name)
+        for rule in rules:
+            style_named(rule.style, str(rule))
+            hits = [n for family, names in families.items() if len(family.split(".")) == rule.pattern.count(".") + 1 for n in names if rule.matches(n)]
+            if not hits and rule.source == "user":
+                raise _matches_nothing(rule, families)
+            for name in hits:
+                known = self.rules.get(name)
+                merged = {**known.attributes, **rule.attributes} if known else rule.attributes
+                self.rules[name] = replace(rule, attributes=merged)
+
+    def rows(self) -> Iterator[ShardSpec]:
+        """One row a tensor; names that are tied to one tensor share it."""
+        names: dict[int, list[str]] = {}
+        for name, tensor in (*self.tensors.items(), *self.buffers.items()):
+            names.setdefault(id(tensor), []).append(name)
+        for tied in names.values():
+            rows = [self._row(name) for name in tied]
+            said = [row for row in rows if row.rule is not None] or rows[:1]
+            self._check_ties(said)
+            yield replace(said[0], name=tied[0], aliases=tuple(tied[1:]))
+
+    def module_rows(self, rows: dict[str, ShardSpec]) -> Iterator[ModuleSpec]:
+        """One row for each module that becomes parallel."""
+        by_name = rows | {alias: row for row in rows.values() for alias in row.aliases}
+        readers = self._shared_inputs()
+        for name, module in self.modules.items():
+            rule = self.rules.get(name)
+            own = {child: by_name[_join(name, child)] for child in _direct(module)}
+            style = style_named(rule.style, str(rule)) if rule else Replicate
+            attributes = self._attributes(name, module, style, own)
+            summed = any(row.partial or _shares(row, self.size) for row in own.values())
+            if rule is None and not attributes and not summed:
+                continue
+            parent = self.modules[name.rpartition(".")[0]]
+            options = style.options(module, parent)
+            yield ModuleSpec(name, style, rule, attributes, options, stores_transposed(module), name.rpartition(".")[0] in readers)
+
+    def _row(self, name: str) -> ShardSpec:
+        tensor = self.tensors.get(name, self.buffers.get(name))
+        assert tensor is not None
+        parent, _, child = name.rpartition(".")
+        rule = self.rules.get(name) or self.rules.get(parent)
+        layout, partial, shape = Replicated(), False, tuple(tensor.shape)
+        if rule is not None:
+            style = style_named(rule.style, str(rule))
+            if name not in self.rules and (problem := style.refuses(self.modules[parent])):
+                raise PlanError(describe(f"{parent}: {problem}.", rule=str(rule), either=["give it another style, or", f'{{"{parent}": "replicate"}}']))
+            layout = self._layout(name, style, rule, tensor) if name in self.tensors else Replicated()
+            partial = style.gradient_is_partial and name in self.tensors
+        return ShardSpec(name, shape, tensor.dtype, layout, partial, name in self.buffers, rule)
+
+    def _layout(self, name: str, style: type[ParallelStyle], rule: Rule, tensor: torch.Tensor) -> Layout:
+        shape = tuple(tensor.shape)
+        owner = name.rpartition(".")[0]
+        transposed = stores_transposed(self.modules[owner]) and name not in self.rules
+        target, heads = self._heads_for(owner if name not in self.rules else name)
+        plain = style.layout(shape, Cut(transposed=transposed))
+        cut = rule.cut
+        if cut is None and heads is not None and (where := plain.cut(shape)) is not None and _ends_at_heads(style):
+            if problem := heads.problem(self.size):
+                raise _heads_problem(owner, problem, rule, heads, self.size)
+            cut = _head_cut(heads, target, shape[where[0]], self.size)
+        layout = style.layout(shape, replace(cut, transposed=transposed)) if cut is not None else plain
+        if problem := layout.problem(shape, self.size):
+            raise PlanError(
+                describe(f"{name}: {problem}, of shape {shape}.", rule=str(rule), either=["a tp_size that its units divide, or", f'tp_plan={{"{owner}": "replicate"}} to keep it whole'])
+            )
+        return layout
+
+    def _heads_for(self, name: str) -> tuple[str, Heads | None]:
+        parent, _, child = name.rpartition(".")
+        return child, heads_of(self.modules[parent])
+
+    def _check_ties(self, rows: list[ShardSpec]) -> None:
+        for other in rows[1:]:
+            if other.layout != rows[0].layout:
+                first = rows[0]
+                raise PlanError(
+                    describe(
+                        f"{first.name} and {other.name} are one tied parameter, and their rules cut it differently.",
+                        rules=[f"{first.rule}   -> {first.layout}", f"{other.rule}   -> {other.layout}"],
+                        either=["give both a style that cuts the same dim (embedding_rowwise with colwise_gather_output), or", "untie them in the config"],
+                    )
+                )
+
+    def _attributes(self, name: str, module: nn.Module, style: type[ParallelStyle], own: dict[str, ShardSpec]) -> dict[str, tuple[int | None, ...]]:
+        rule = self.rules.get(name)
+        found: dict[str, tuple[int | None, ...]] = dict(rule.attributes) if rule else {}
+        if rule is not None:
+            layouts = {child: (row.layout, row.shape) for child, row in own.items()}
+            ranks = [style.local_attributes(module, Local(layouts, rank, self.size)) for rank in range(self.size)]
+            found = {key: tuple(values[key] for values in ranks) for key in ranks[0]} | found
+        if self._shares_kv_heads(name, module) and hasattr(module, "num_key_value_groups"):
+            heads = heads_of(module)
+            assert heads is not None
+            found.setdefault("num_key_value_groups", (heads.local_group(self.size),) * self.size)
+        return {key: values for key, values in found.items() if any(value != _read(module, key) for value in values)}
+
+    def _shares_kv_heads(self, name: str, module: nn.Module) -> bool:
+        rules = [self.rules.get(_join(name, child)) for child in ("k_proj", "v_proj")]
+        heads = heads_of(module)
+        return heads is not None and heads.shared(self.size) and any(r is not None and _ends_at_heads(style_named(r.style, "")) for r in rules)
+
+    def _shared_inputs(self) -> set[str]:
+        readers: dict[str, int] = {}
+        for name, rule in self.rules.items():
+            if name in self.modules and style_named(rule.style, str(rule)).reads_shared_input:
+                parent = name.rpartition(".")[0]
+                readers[parent] = readers.get(parent, 0) + 1
+        return {parent for parent, count in readers.items() if count > 1}
+
+
+def _ends_at_heads(style: type[ParallelStyle]) -> bool:
+    # Gathered outputs and split inputs may be cut anywhere: what lies between them and the heads is whole.
+    return issubclass(style, LinearStyle) and not issubclass(style, ColwiseGatherOutput | RowwiseSplitInput)
+
+
+def _head_cut(heads: Heads, child: str, length: int, size: int) -> Cut | None:
+    if runs_over_kv(child) and length % heads.kv == 0:
+        return heads.kv_cut(length, size)
+    return heads.query_cut(length, size) if length % heads.query == 0 else None
+
+
+def _shares(row: ShardSpec, size: int) -> bool:
+    return row.sharded and row.layout.copies(row.shape, size) > 1
+
+
+def _direct(module: nn.Module) -> Iterable[str]:
+    return [name for group in (module._parameters, module._buffers) for name, value in group.items() if value is not None]
+
+
+def _join(parent: str, child: str) -> str:
+    return f"{parent}.{child}" if parent else child
+
+
+def _read(module: nn.Module, attribute: str) -> object:
+    value: object = module
+    for part in attribute.split("."):
+        value = getattr(value, part, None)
+    return value
+
+
+def _heads_problem(owner: str, problem: str, rule: Rule, heads: Heads, size: int) -> PlanError:
+    sizes = ", ".join(str(n) for n in heads.possible())
+    parent = owner.rpartition(".")[0]
+    return PlanError(describe(f"{owner}: {problem}.", rule=str(rule), either=[f"a tp_size of {sizes}, or", f'tp_plan={{"{wildcard(parent)}.<each projection>": "replicate"}} to keep attention whole']))
+
+
+def _matches_nothing(rule: Rule, families: dict[str, list[str]]) -> PlanError:
+    close = get_close_matches(wildcard(rule.pattern), families, n=3, cutoff=0.5)
+    return PlanError(describe(f"{rule.pattern!r} matches no module and no parameter.", rule=str(rule), **({"perhaps": close} if close else {}), note="each * stands for exactly one segment of a dotted path"))

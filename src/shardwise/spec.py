@@ -1,0 +1,113 @@
+"""The rows that everything reads: what a rule asks for, where each tensor lies, what happens at each module."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Literal
+
+import torch
+
+from shardwise.layers import Cut, ParallelStyle
+from shardwise.layout import Layout, Shape
+
+Source = Literal["model", "user", "shardwise"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One line of a plan: which modules or parameters, and which style.
+
+    Args:
+        pattern: a dotted path, each `*` standing for exactly one segment ("layers.*.mlp.fc1": the 1 is part of a name).
+        style: the style's name.
+        source: who wrote it: the model's own plan, the user, or a correction of ours.
+        cut: how to cut, where the style can't tell from the module (fused blocks).
+        attributes: integers of the module (or, as "config.name", of its config) that become local, one value a rank.
+        reason: why the rule is there.
+    """
+
+    pattern: str
+    style: str
+    source: Source
+    cut: Cut | None = None
+    attributes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    reason: str = ""
+
+    def matches(self, name: str) -> bool:
+        """Whether the dotted `name` fits the pattern."""
+        wanted, found = self.pattern.split("."), name.split(".")
+        return len(wanted) == len(found) and all(w in ("*", f) for w, f in zip(wanted, found, strict=True))
+
+    def __str__(self) -> str:
+        return f"{self.pattern}: {self.style}   ({_WHOSE[self.source]})"
+
+
+_WHOSE: dict[Source, str] = {"model": "from the model's own plan", "user": "yours", "shardwise": "a correction of shardwise"}
+
+
+@dataclass(frozen=True, slots=True)
+class ShardSpec:
+    """One parameter or buffer: its full shape and how it lies on the ranks.
+
+    Args:
+        name: its dotted name; of tied ones, the first.
+        shape: the full shape.
+        dtype: its dtype.
+        layout: how it is cut.
+        partial: each rank's gradient of what it holds in common with others is a part, to be summed over the ranks.
+        buffer: it is a buffer, not a parameter.
+        rule: the rule that led to it; None where nothing was said.
+        aliases: the other names of a tied parameter.
+    """
+
+    name: str
+    shape: Shape
+    dtype: torch.dtype
+    layout: Layout
+    partial: bool = False
+    buffer: bool = False
+    rule: Rule | None = None
+    aliases: tuple[str, ...] = ()
+
+    def local_shape(self, rank: int, size: int) -> Shape:
+        """The shape of `rank`'s shard."""
+        return self.layout.local_shape(self.shape, rank, size)
+
+    def local_bytes(self, rank: int, size: int) -> int:
+        """Bytes of `rank`'s shard."""
+        return prod(self.local_shape(rank, size)) * self.dtype.itemsize
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the full tensor."""
+        return prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def sharded(self) -> bool:
+        """Whether any dim is cut."""
+        return self.layout.cut(self.shape) is not None
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleSpec:
+    """One module that becomes parallel.
+
+    Args:
+        name: its dotted name.
+        style: the class that is mixed in.
+        rule: the rule that led to it; None where only a parameter of it has one.
+        attributes: attributes that become local, one value a rank.
+        options: what the style needs to know besides.
+        transposed: its weight is kept as (in, out).
+        shares_input: siblings read the same input, so they share one `copy_to_tp`.
+    """
+
+    name: str
+    style: type[ParallelStyle]
+    rule: Rule | None = None
+    attributes: Mapping[str, tuple[int | None, ...]] = field(default_factory=dict)
+    options: Mapping[str, int] = field(default_factory=dict)
+    transposed: bool = False
+    shares_input: bool = False

@@ -1,0 +1,106 @@
+"""Full tensors from the shards that the ranks hold: gathered one at a time, in the ordinary names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from shardwise.parallelize import required_state
+from shardwise.spec import ShardSpec
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+def full_state_dict(model: nn.Module) -> dict[str, Tensor] | None:
+    """The state dict of the ordinary model: full tensors on the CPU of the tp axis's first rank, None on the others.
+
+    Collective: every rank of the axis must call it. Tied parameters stand under each of their names, as one tensor; buffers that are
+    not persistent are left out, as `nn.Module.state_dict` does.
+    """
+    return _collect(model, lambda row, tensor: tensor, model.state_dict(keep_vars=True))
+
+
+def full_gradients(model: nn.Module) -> dict[str, Tensor] | None:
+    """The gradients of the ordinary model by parameter name, as `full_state_dict` gives the parameters; those without are left out.
+
+    Collective: every rank of the axis must call it, with gradients for the same parameters.
+    """
+    return _collect(model, lambda row, tensor: tensor.grad, dict(model.named_parameters(remove_duplicate=False)))
+
+
+def gather_full(row: ShardSpec, local: Tensor, mesh: DeviceMesh) -> Tensor:
+    """The full tensor of `row` on every rank, from each rank's `local`. Collective. Shape: `row.shape`; dtype and device of `local`."""
+    if not row.sharded:
+        return local
+    rank, size = mesh.get_local_rank(), mesh.size()
+    shards = []
+    for source in range(size):
+        shard = local.detach().contiguous() if source == rank else local.new_empty(row.local_shape(source, size))
+        dist.broadcast(shard, group=mesh.get_group(), group_src=source)
+        shards.append(shard)
+    return row.layout.unshard(shards, row.shape)
+
+
+def gather_to_first(row: ShardSpec, local: Tensor, mesh: DeviceMesh, box: tuple[tuple[int, int], ...] | None = None) -> Tensor | None:
+    """The full tensor of `row`, or the `box` of it (a half-open range for each dim), on the first rank; None on the others. Collective.
+
+    Each range is sent once, by the first rank that holds it, so the first rank needs room for the result and one piece.
+    """
+    rank, size = mesh.get_local_rank(), mesh.size()
+    ranges = box or tuple((0, length) for length in row.shape)
+    local = local.detach()
+    cut = row.layout.cut(row.shape)
+    if cut is None:
+        return _within(local, ranges).clone(memory_format=torch.contiguous_format) if rank == 0 else None
+    dim, (low, high) = cut[0], ranges[cut[0]]
+    full = local.new_empty([stop - start for start, stop in ranges]) if rank == 0 else None
+    done: set[int] = set()
+    for source in range(size):
+        for piece in row.layout.pieces(row.shape, source, size):
+            start, stop = max(piece.full.start, low), min(piece.full.stop, high)
+            if piece.full.start in done or start >= stop:
+                continue
+            done.add(piece.full.start)
+            shift = piece.local.start - piece.full.start
+            where = tuple((start + shift, stop + shift) if d == dim else r for d, r in enumerate(ranges))
+            target = full.narrow(dim, start - low, stop - start) if full is not None else None
+            _send_piece(local, where, source, target, mesh)
+    return full
+
+
+def _send_piece(local: Tensor, where: tuple[tuple[int, int], ...], source: int, target: Tensor | None, mesh: DeviceMesh) -> None:
+    rank, group = mesh.get_local_rank(), mesh.get_group()
+    if rank == source and target is not None:
+        target.copy_(_within(local, where))
+    elif rank == source:
+        dist.send(_within(local, where).contiguous(), group=group, group_dst=0)
+    elif target is not None:
+        piece = torch.empty_like(target, memory_format=torch.contiguous_format)
+        dist.recv(piece, group=group, group_src=source)
+        target.copy_(piece)
+
+
+def _within(tensor: Tensor, ranges: tuple[tuple[int, int], ...]) -> Tensor:
+    return tensor[tuple(slice(start, stop) for start, stop in ranges)]
+
+
+def _collect(model: nn.Module, pick: Callable[[ShardSpec, Tensor], Tensor | None], named: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    state = required_state(model)
+    by_id: dict[str, Tensor | None] = {}
+    full: dict[str, Tensor] = {}
+    for name, tensor in named.items():
+        name = name.removeprefix("_orig_mod.").removeprefix("module.")
+        row = state.plan[name]
+        if row.name not in by_id:
+            picked = pick(row, tensor)
+            whole = None if picked is None else gather_to_first(row, picked, state.mesh)
+            by_id[row.name] = None if whole is None else whole.cpu()
+        value = by_id[row.name]
+        if value is not None:
+            full[name] = value
+    return full if state.mesh.get_local_rank() == 0 else None
