@@ -1,0 +1,43 @@
+"""Fixtures for the three rings: `threads` (milliseconds), `pool2` and `pool4` (processes), and the marker `gpu`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+# Before anything imports huggingface_hub, which reads it once: no test asks the network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+
+from shardwise.testing import RankPool, run_threads
+
+
+@pytest.fixture(scope="session")
+def pool2() -> Iterator[RankPool]:
+    """Two gloo processes, started by the first test that runs something on them."""
+    with RankPool(2) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="session")
+def pool4() -> Iterator[RankPool]:
+    """Four gloo processes, started by the first test that runs something on them."""
+    with RankPool(4) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="session")
+def threads() -> object:
+    """`run_threads`: every rank a thread of this process."""
+    return run_threads
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests marked `gpu` where torch sees no CUDA device."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
