@@ -57,7 +57,7 @@ def check(
             "use the config that belongs to this checkpoint, or",
             "complete it: save the model again with save_pretrained",
         ]
-        headline = f"{type(model).__name__}: the checkpoint is not one of this model."
+        headline = f"{type(model).__name__}: the checkpoint does not fit the model."
         raise CheckpointError(describe(headline, **found, **gaps, **written_by, either=way_out))
     if new or dropped:
         _warn(model, architectures, new, dropped)
@@ -117,7 +117,7 @@ class _Errors:
     def _origin(self, name: str) -> str:
         keys = self.keys.get(name, [])
         self._related |= set(keys)
-        shown = [self._describe(key) for key in keys[:3]] + ([f"{len(keys) - 3} more"] if len(keys) > 3 else [])
+        shown = [self._describe(key) for key in keys[:2]] + ([f"{len(keys) - 2} more"] if len(keys) > 2 else [])
         return " + ".join(shown) or "a key that it shares with another parameter"
 
     def _describe(self, key: str) -> str:

@@ -298,4 +298,6 @@ def _shape_error(func: OpOverload, inputs: object, error: RuntimeError) -> Check
 
 
 def _name(tensor: Tensor) -> str:
-    return " + ".join(source.name for source in sources(tensor)[:4]) or "a tensor in memory"
+    names = [source.name for source in sources(tensor)]
+    shown = names[:4] + ([f"{len(names) - 4} more"] if len(names) > 4 else [])
+    return " + ".join(shown) or "a tensor in memory"
