@@ -1,10 +1,53 @@
-"""Tensor parallelism for Hugging Face transformers in plain tensors."""
+"""Tensor parallelism for Hugging Face transformers in plain tensors.
+
+    from shardwise import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained("my-model", tp_plan="auto")          # under torchrun
+
+Every parameter on a rank is an ordinary `torch.Tensor` that holds this rank's shard, and every collective is one visible,
+differentiable call. Each of transformers' Auto classes has its twin here.
+"""
+
+from typing import TYPE_CHECKING, Any
 
 from shardwise.api import make_plan as plan
 from shardwise.api import parallelize, unparallelize
+from shardwise.auto import auto_class
+from shardwise.errors import CheckpointError, MeshError, MismatchError, MissingRankError, PlanError, ShardwiseError
 from shardwise.layers import ParallelStyle
 from shardwise.layers.registry import register_style
 from shardwise.plan import Plan
 from shardwise.state import full_gradients, full_state_dict
+from shardwise.training import clip_grad_norm_
 
-__all__ = ["ParallelStyle", "Plan", "full_gradients", "full_state_dict", "parallelize", "plan", "register_style", "unparallelize"]
+if TYPE_CHECKING:
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AutoModel",
+    "AutoModelForCausalLM",
+    "AutoModelForSequenceClassification",
+    "CheckpointError",
+    "MeshError",
+    "MismatchError",
+    "MissingRankError",
+    "ParallelStyle",
+    "Plan",
+    "PlanError",
+    "ShardwiseError",
+    "clip_grad_norm_",
+    "full_gradients",
+    "full_state_dict",
+    "parallelize",
+    "plan",
+    "register_style",
+    "unparallelize",
+]
+
+
+def __getattr__(name: str) -> Any:
+    found = auto_class(name)
+    if found is None:
+        raise AttributeError(f"module 'shardwise' has no attribute {name!r}")
+    return found

@@ -17,6 +17,7 @@ from shardwise.model import ShardedModel
 from shardwise.parallelize import apply_plan, remove_plan, required_state
 from shardwise.plan import Plan
 from shardwise.replicas import check_same_weights
+from shardwise.rendezvous import meet
 from shardwise.resolve import resolve
 from shardwise.spec import Rule, ShardSpec
 from shardwise.state import gather_full
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
 PlanLike = str | Mapping[str, str] | Plan
 
 
-def make_plan(model_or_config: nn.Module | PreTrainedConfig, tp_size: int, plan: PlanLike = "auto", *, ep_size: int | None = None) -> Plan:
+def make_plan(
+    model_or_config: nn.Module | PreTrainedConfig, tp_size: int, plan: PlanLike = "auto", *, ep_size: int | None = None
+) -> Plan:
     """What each of `tp_size` ranks would hold and do. Nothing is read, allocated or changed.
 
     Args:
@@ -42,14 +45,18 @@ def make_plan(model_or_config: nn.Module | PreTrainedConfig, tp_size: int, plan:
     if isinstance(plan, Plan):
         return plan
     if ep_size not in (None, 1, tp_size):
-        raise PlanError(f"ep_size={ep_size} with tp_size={tp_size}: experts are dealt to all ranks of the tp axis (ep_size={tp_size}) or split (leave it out).")
+        raise PlanError(
+            f"ep_size={ep_size} with tp_size={tp_size}: experts are dealt to all ranks of the tp axis (ep_size={tp_size}) or split (leave it out)."
+        )
     rules = model_rules(model, tp_size, expert_parallel=ep_size is not None and ep_size > 1)
     table = resolve(model, [*rules, *_user_rules(model, plan)], tp_size)
     check_coverage(model, table)
     return table
 
 
-def parallelize(model: nn.Module, mesh: DeviceMesh | None = None, plan: PlanLike = "auto", *, ep_size: int | None = None) -> nn.Module:
+def parallelize(
+    model: nn.Module, mesh: DeviceMesh | None = None, plan: PlanLike = "auto", *, ep_size: int | None = None
+) -> nn.Module:
     """Turn a model that every rank has in memory into each rank's part of it, in place, and return it.
 
     Args:
@@ -77,6 +84,7 @@ def parallelize(model: nn.Module, mesh: DeviceMesh | None = None, plan: PlanLike
 def unparallelize(model: nn.Module) -> nn.Module:
     """Gather the shards and give the ordinary model back, in place: classes, names, attributes and values. Collective."""
     mesh = required_state(model).mesh
+    meet(mesh, "unparallelize")
     remove_plan(model, lambda row, tensor: gather_full(row, tensor, mesh))
     return model
 
@@ -85,7 +93,12 @@ def _user_rules(model: nn.Module, plan: PlanLike) -> list[Rule]:
     if isinstance(plan, str):
         if plan == "auto":
             return []
-        raise PlanError(describe(f"tp_plan={plan!r} is not a plan.", either=['"auto", or', 'a dict such as {"layers.*.self_attn.q_proj": "colwise"}']))
+        raise PlanError(
+            describe(
+                f"tp_plan={plan!r} is not a plan.",
+                either=['"auto", or', 'a dict such as {"layers.*.self_attn.q_proj": "colwise"}'],
+            )
+        )
     names = {name for name, _ in (*model.named_modules(), *model.named_parameters())}
     prefix = base_prefix(model)
     rules = []

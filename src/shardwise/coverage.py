@@ -27,6 +27,9 @@ def check_coverage(model: nn.Module, plan: Plan) -> None:
         describe(
             f"{type(model).__name__}: {'no rule cuts anything' if nothing else 'no rule names these matrices, so every rank would keep them whole'}.",
             **({"whole": found} if found else {}),
-            either=["give them a style: tp_plan={...}, merged over the model's own plan, or", f"keep them whole on purpose: tp_plan={{{examples or '...'}}}"],
+            either=[
+                "give them a style: tp_plan={...}, merged over the model's own plan, or",
+                f"keep them whole on purpose: tp_plan={{{examples or '...'}}}",
+            ],
         )
     )

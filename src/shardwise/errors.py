@@ -1,11 +1,11 @@
 """What can go wrong, as a tree that callers can catch at the level they care about.
 
-    ShardwiseError
-    ├── PlanError            a rule, a size or a style that cannot be applied; raised before any weight is read
-    ├── CheckpointError      a file, key, shape or dtype that is not what the model needs
-    ├── MismatchError        ranks that disagree: different weights, calls, or results
-    │   └── MissingRankError a collective call that not every rank made
-    └── MeshError            no process group, no such axis, more ranks asked for than there are
+ShardwiseError
+├── PlanError            a rule, a size or a style that cannot be applied; raised before any weight is read
+├── CheckpointError      a file, key, shape or dtype that is not what the model needs
+├── MismatchError        ranks that disagree: different weights, calls, or results
+│   └── MissingRankError a collective call that not every rank made
+└── MeshError            no process group, no such axis, more ranks asked for than there are
 """
 
 from __future__ import annotations

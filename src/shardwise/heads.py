@@ -86,7 +86,11 @@ def runs_over_kv(child: str) -> bool:
 def _kv_from_width(module: nn.Module) -> int | None:
     head_dim, key = getattr(module, "head_dim", None), getattr(module, "k_proj", None)
     width = getattr(key, "out_features", None)
-    return width // head_dim if isinstance(head_dim, int) and isinstance(width, int) and head_dim and width % head_dim == 0 else None
+    return (
+        width // head_dim
+        if isinstance(head_dim, int) and isinstance(width, int) and head_dim and width % head_dim == 0
+        else None
+    )
 
 
 def _first_int(module: nn.Module, config: object, *names: str) -> int | None:

@@ -67,4 +67,6 @@ def build_on_meta(config: PreTrainedConfig) -> nn.Module:
             if type(config) in auto._model_mapping:
                 model: nn.Module = auto.from_config(config)
                 return model
-    raise PlanError(f"transformers has no causal-LM class for a {type(config).__name__}: build the model yourself under torch.device('meta') and pass it.")
+    raise PlanError(
+        f"transformers has no causal-LM class for a {type(config).__name__}: build the model yourself under torch.device('meta') and pass it."
+    )

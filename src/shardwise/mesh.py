@@ -6,8 +6,11 @@ Nothing is kept here: a mesh travels with the modules that use it, so two models
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
+import time
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -29,16 +32,20 @@ def tp_mesh(tp_size: int | None = None, device_mesh: DeviceMesh | None = None) -
     Raises `MeshError` for sizes that the processes cannot form, and where tp_size > 1 is asked of a single process.
     """
     if device_mesh is not None:
+        _settle_at_exit()
         return _given_axis(device_mesh, tp_size)
     if not dist.is_initialized():
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
             return _single_process(tp_size)
         _start_process_group()
+    _settle_at_exit()
     world = dist.get_world_size()
     size = world if tp_size is None else tp_size
     if size < 1 or world % size:
         fix = f"tp_size={', '.join(str(n) for n in range(1, world + 1) if world % n == 0)}"
-        raise MeshError(describe(f"{world} processes cannot form tensor-parallel groups of {size}.", either=[fix + ", or", "start more"]))
+        raise MeshError(
+            describe(f"{world} processes cannot form tensor-parallel groups of {size}.", either=[fix + ", or", "start more"])
+        )
     return init_device_mesh(device_type(), (world // size, size), mesh_dim_names=("dp", TP_AXIS))[TP_AXIS]
 
 
@@ -61,12 +68,26 @@ def _start_process_group() -> None:
     dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else None if kind != "cpu" else "gloo")
 
 
+@cache
+def _settle_at_exit() -> None:
+    """Let gloo's threads finish before the interpreter goes away, once a process.
+
+    A gloo thread frees the tensors of a collective some microseconds after the main thread has its result. If Python is already
+    finalizing by then, that thread is unwound inside a destructor, and the process aborts with "terminate called without an active
+    exception" (torch 2.13: 21 of 32 runs of a script that ends right behind an all-reduce; with the pause, 0 of 24).
+    """
+    atexit.register(time.sleep, 0.1)
+
+
 def _single_process(tp_size: int | None) -> None:
     if tp_size not in (None, 1):
         raise MeshError(
             describe(
                 f"tp_size={tp_size} was asked for, and this is a single process.",
-                either=[f"start it with: torchrun --nproc-per-node {tp_size} {os.path.basename(sys.argv[0]) or 'script.py'}, or", "leave tp_size out"],
+                either=[
+                    f"start it with: torchrun --nproc-per-node {tp_size} {os.path.basename(sys.argv[0]) or 'script.py'}, or",
+                    "leave tp_size out",
+                ],
             )
         )
 
@@ -74,8 +95,24 @@ def _single_process(tp_size: int | None) -> None:
 def _given_axis(mesh: DeviceMesh, tp_size: int | None) -> DeviceMesh:
     names = mesh.mesh_dim_names or ()
     if mesh.ndim > 1 and TP_AXIS not in names:
-        raise MeshError(f"device_mesh has the axes {names or mesh.shape} and none is named {TP_AXIS!r}: name it, or pass the one-dimensional sub-mesh.")
+        raise MeshError(
+            f"device_mesh has the axes {names or mesh.shape} and none is named {TP_AXIS!r}: name it, or pass the one-dimensional sub-mesh."
+        )
     axis = mesh[TP_AXIS] if mesh.ndim > 1 else mesh
     if tp_size not in (None, axis.size()):
-        raise MeshError(f"tp_size={tp_size} was asked for, and the mesh's tp axis has {axis.size()} ranks: leave one of the two out.")
+        raise MeshError(
+            f"tp_size={tp_size} was asked for, and the mesh's tp axis has {axis.size()} ranks: leave one of the two out."
+        )
     return axis
+
+
+def is_first_replica(mesh: DeviceMesh) -> bool:
+    """Whether this rank's tp axis is the first of those that hold the same model (of a mesh with a data-parallel axis); the others needn't write."""
+    root = mesh._get_root_mesh()
+    coordinate = root.get_coordinate()
+    if root is mesh or coordinate is None:
+        return True
+    names = root.mesh_dim_names or ()
+    return all(
+        position == 0 for name, position in zip(names, coordinate, strict=True) if name != (mesh.mesh_dim_names or ("",))[0]
+    )

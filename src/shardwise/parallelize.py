@@ -29,7 +29,9 @@ class ModelState:
     mesh: DeviceMesh
 
 
-def apply_plan(model: nn.Module, plan: Plan, mesh: DeviceMesh, read: ReadShard, root: type[ParallelStyle] | None = None) -> None:
+def apply_plan(
+    model: nn.Module, plan: Plan, mesh: DeviceMesh, read: ReadShard, root: type[ParallelStyle] | None = None
+) -> None:
     """Turn `model` into this rank's part of it, in place.
 
     Args:
@@ -81,7 +83,9 @@ def required_state(model: nn.Module) -> ModelState:
     """As `state_of`; raises `ShardwiseError` for an ordinary model."""
     state = state_of(model)
     if state is None:
-        raise ShardwiseError(f"{type(model).__name__} is not parallel: load it with tp_plan='auto', or call shardwise.parallelize(model, mesh).")
+        raise ShardwiseError(
+            f"{type(model).__name__} is not parallel: load it with tp_plan='auto', or call shardwise.parallelize(model, mesh)."
+        )
     return state
 
 

@@ -19,13 +19,18 @@ def check_same_weights(model: nn.Module, mesh: DeviceMesh) -> None:
     named = {name: tensor for name, tensor in (*model.named_parameters(), *model.named_buffers()) if not tensor.is_meta}
     sums = torch.tensor([len(named), *(checksum(tensor) for tensor in named.values())], dtype=torch.int64)
     if (rank := first_difference(sums[:1], mesh)) is not None:
-        raise MismatchError(f"Rank {rank} has another number of parameters and buffers than rank 0: build the same model on every rank.")
+        raise MismatchError(
+            f"Rank {rank} has another number of parameters and buffers than rank 0: build the same model on every rank."
+        )
     for name, value in zip(named, sums[1:].split(1), strict=True) if first_difference(sums, mesh) is not None else ():
         if (rank := first_difference(value, mesh)) is not None:
             raise MismatchError(
                 describe(
                     f"{name}: rank {rank} holds other values than rank 0.",
-                    either=["call torch.manual_seed with the same seed on every rank before the model is built, or", "load the same checkpoint on every rank"],
+                    either=[
+                        "call torch.manual_seed with the same seed on every rank before the model is built, or",
+                        "load the same checkpoint on every rank",
+                    ],
                 )
             )
 

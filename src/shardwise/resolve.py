@@ -49,7 +49,13 @@ class _Resolver:
             families.setdefault(wildcard(name), []).append(name)
         for rule in rules:
             style_named(rule.style, str(rule))
-            hits = [n for family, names in families.items() if len(family.split(".")) == rule.pattern.count(".") + 1 for n in names if rule.matches(n)]
+            hits = [
+                n
+                for family, names in families.items()
+                if len(family.split(".")) == rule.pattern.count(".") + 1
+                for n in names
+                if rule.matches(n)
+            ]
             if not hits and rule.source == "user":
                 raise _matches_nothing(rule, families)
             for name in hits:
@@ -82,7 +88,9 @@ class _Resolver:
                 continue
             parent = self.modules[name.rpartition(".")[0]]
             options = style.options(module, parent)
-            yield ModuleSpec(name, style, rule, attributes, options, stores_transposed(module), name.rpartition(".")[0] in readers)
+            yield ModuleSpec(
+                name, style, rule, attributes, options, stores_transposed(module), name.rpartition(".")[0] in readers
+            )
 
     def _row(self, name: str) -> ShardSpec:
         tensor = self.tensors.get(name, self.buffers.get(name))
@@ -93,7 +101,13 @@ class _Resolver:
         if rule is not None:
             style = style_named(rule.style, str(rule))
             if name not in self.rules and (problem := style.refuses(self.modules[parent])):
-                raise PlanError(describe(f"{parent}: {problem}.", rule=str(rule), either=["give it another style, or", f'{{"{parent}": "replicate"}}']))
+                raise PlanError(
+                    describe(
+                        f"{parent}: {problem}.",
+                        rule=str(rule),
+                        either=["give it another style, or", f'{{"{parent}": "replicate"}}'],
+                    )
+                )
             layout = self._layout(name, style, rule, tensor) if name in self.tensors else Replicated()
             partial = style.gradient_is_partial and name in self.tensors
         return ShardSpec(name, shape, tensor.dtype, layout, partial, name in self.buffers, rule)
@@ -112,7 +126,11 @@ class _Resolver:
         layout = style.layout(shape, replace(cut, transposed=transposed)) if cut is not None else plain
         if problem := layout.problem(shape, self.size):
             raise PlanError(
-                describe(f"{name}: {problem}, of shape {shape}.", rule=str(rule), either=["a tp_size that its units divide, or", f'tp_plan={{"{owner}": "replicate"}} to keep it whole'])
+                describe(
+                    f"{name}: {problem}, of shape {shape}.",
+                    rule=str(rule),
+                    either=["a tp_size that its units divide, or", f'tp_plan={{"{owner}": "replicate"}} to keep it whole'],
+                )
             )
         return layout
 
@@ -128,11 +146,16 @@ class _Resolver:
                     describe(
                         f"{first.name} and {other.name} are one tied parameter, and their rules cut it differently.",
                         rules=[f"{first.rule}   -> {first.layout}", f"{other.rule}   -> {other.layout}"],
-                        either=["give both a style that cuts the same dim (embedding_rowwise with colwise_gather_output), or", "untie them in the config"],
+                        either=[
+                            "give both a style that cuts the same dim (embedding_rowwise with colwise_gather_output), or",
+                            "untie them in the config",
+                        ],
                     )
                 )
 
-    def _attributes(self, name: str, module: nn.Module, style: type[ParallelStyle], own: dict[str, ShardSpec]) -> dict[str, tuple[int | None, ...]]:
+    def _attributes(
+        self, name: str, module: nn.Module, style: type[ParallelStyle], own: dict[str, ShardSpec]
+    ) -> dict[str, tuple[int | None, ...]]:
         rule = self.rules.get(name)
         found: dict[str, tuple[int | None, ...]] = dict(rule.attributes) if rule else {}
         if rule is not None:
@@ -148,7 +171,11 @@ class _Resolver:
     def _shares_kv_heads(self, name: str, module: nn.Module) -> bool:
         rules = [self.rules.get(_join(name, child)) for child in ("k_proj", "v_proj")]
         heads = heads_of(module)
-        return heads is not None and heads.shared(self.size) and any(r is not None and _ends_at_heads(style_named(r.style, "")) for r in rules)
+        return (
+            heads is not None
+            and heads.shared(self.size)
+            and any(r is not None and _ends_at_heads(style_named(r.style, "")) for r in rules)
+        )
 
     def _shared_inputs(self) -> set[str]:
         readers: dict[str, int] = {}
@@ -192,9 +219,25 @@ def _read(module: nn.Module, attribute: str) -> object:
 def _heads_problem(owner: str, problem: str, rule: Rule, heads: Heads, size: int) -> PlanError:
     sizes = ", ".join(str(n) for n in heads.possible())
     parent = owner.rpartition(".")[0]
-    return PlanError(describe(f"{owner}: {problem}.", rule=str(rule), either=[f"a tp_size of {sizes}, or", f'tp_plan={{"{wildcard(parent)}.<each projection>": "replicate"}} to keep attention whole']))
+    return PlanError(
+        describe(
+            f"{owner}: {problem}.",
+            rule=str(rule),
+            either=[
+                f"a tp_size of {sizes}, or",
+                f'tp_plan={{"{wildcard(parent)}.<each projection>": "replicate"}} to keep attention whole',
+            ],
+        )
+    )
 
 
 def _matches_nothing(rule: Rule, families: dict[str, list[str]]) -> PlanError:
     close = get_close_matches(wildcard(rule.pattern), families, n=3, cutoff=0.5)
-    return PlanError(describe(f"{rule.pattern!r} matches no module and no parameter.", rule=str(rule), **({"perhaps": close} if close else {}), note="each * stands for exactly one segment of a dotted path"))
+    return PlanError(
+        describe(
+            f"{rule.pattern!r} matches no module and no parameter.",
+            rule=str(rule),
+            **({"perhaps": close} if close else {}),
+            note="each * stands for exactly one segment of a dotted path",
+        )
+    )

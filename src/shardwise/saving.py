@@ -1,2 +1,185 @@
+"""Write the ordinary Hugging Face checkpoint from the shards: gathered, converted back and streamed to disk tensor by tensor."""
+
 from __future__ import annotations
-def save_pretrained(model, directory, **kw) -> None: raise RuntimeError
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shardwise.errors import CheckpointError, ShardwiseError, describe
+from shardwise.hf_saving import checkpoint_tensors, description_files
+from shardwise.lazy import Box, LazyTensor, lazy, read
+from shardwise.mesh import is_first_replica
+from shardwise.parallelize import required_state
+from shardwise.rendezvous import DEFAULT_TIMEOUT, meet
+from shardwise.spec import ShardSpec
+from shardwise.state import gather_to_first
+from shardwise.storage import CheckpointWriter, Entry, FilePlan, plan_files
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from transformers import PreTrainedModel
+
+
+def save_pretrained(
+    model: PreTrainedModel,
+    save_directory: str | os.PathLike[str],
+    *,
+    max_shard_size: int | str = "50GB",
+    variant: str | None = None,
+    save_original_format: bool = True,
+    timeout: float = DEFAULT_TIMEOUT,
+    **unused: object,
+) -> None:
+    """Save a parallel model as transformers would save the ordinary one: the same names, bytes, config and index. Collective.
+
+    Tensor by tensor, so that no rank ever holds more than its shards and one full tensor, and all at once: a crash at any moment
+    leaves the earlier checkpoint in the directory whole.
+
+    Args:
+        model: a parallel model, on every rank of its tp axis.
+        save_directory: where to; the first rank writes.
+        max_shard_size: the size above which several files are written, in bytes or as "5GB".
+        variant: goes into the file names ("model.fp16.safetensors").
+        save_original_format: convert the weights back to the form that the checkpoint had (one matrix an expert, ...).
+        timeout: seconds to wait for the other ranks to make this call.
+        unused: `is_main_process`, `safe_serialization` and `save_peft_format` mean nothing here; other keywords are refused.
+
+    Raises `MissingRankError` when some rank does not call it, and `CheckpointError`, on every rank, when writing fails.
+    """
+    _refuse(model, unused)
+    mesh = required_state(model).mesh
+    meet(mesh, "save_pretrained", timeout)
+    tensors = checkpoint_tensors(model, dict(_lazy_shards(model)), save_original_format)
+    plan = plan_files(
+        [Entry(n, t.dtype, tuple(t.shape)) for n, t in tensors.items()], max_shard_size=max_shard_size, variant=variant
+    )
+    writes = mesh.get_local_rank() == 0 and is_first_replica(mesh)
+    writer = CheckpointWriter(save_directory, plan) if writes else None
+    _Save(model, mesh, plan, tensors, writer).run()
+
+
+@dataclass(frozen=True)
+class ShardSource:
+    """A parameter that lies on the ranks, as a source of lazy tensors: reading a box of it is collective."""
+
+    row: ShardSpec
+    local: Tensor
+    mesh: DeviceMesh
+
+    @property
+    def name(self) -> str:
+        return self.row.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.row.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.row.dtype
+
+    def read(self, box: Box) -> Tensor:
+        """The box, on the CPU of the first rank; elsewhere a stand-in of that shape that takes no memory."""
+        full = gather_to_first(self.row, self.local, self.mesh, tuple(box))
+        return (
+            full.cpu() if full is not None else torch.zeros((), dtype=self.dtype).expand([stop - start for start, stop in box])
+        )
+
+
+@dataclass
+class _Save:
+    """One call: every rank walks the same tensors in the same order, and one of them writes."""
+
+    model: PreTrainedModel
+    mesh: DeviceMesh
+    plan: FilePlan
+    tensors: dict[str, Tensor]
+    writer: CheckpointWriter | None
+
+    def run(self) -> None:
+        failure: Exception | None = None
+        with contextlib.ExitStack() as stack:
+            try:
+                if self.writer is not None:
+                    stack.enter_context(self.writer)
+                    for name, data in description_files(self.model):
+                        self.writer.add_file(name, data)
+            except Exception as error:
+                failure = error
+            for entry in self.plan.entries:
+                if self._failed(failure):
+                    break
+                tensor = read(self.tensors[entry.name], tuple((0, length) for length in entry.shape))
+                failure = self._write(entry, tensor)
+            failure = failure or self._close(stack)
+        if self._failed(failure):
+            raise failure or CheckpointError(
+                "save_pretrained: the writing rank failed; its own message says why. The earlier checkpoint is whole."
+            )
+
+    def _write(self, entry: Entry, tensor: Tensor) -> Exception | None:
+        try:
+            if self.writer is not None:
+                self.writer.write(entry, tensor)
+        except Exception as error:
+            return error
+        return None
+
+    def _close(self, stack: contextlib.ExitStack) -> Exception | None:
+        try:
+            stack.close()
+        except Exception as error:
+            return error
+        return None
+
+    def _failed(self, failure: Exception | None) -> bool:
+        """Whether the writing rank has failed, as it tells the others, so that none is left waiting."""
+        flag = torch.tensor([int(failure is not None)], device=_collective_device(self.mesh))
+        dist.all_reduce(flag, group=self.mesh.get_group())
+        return bool(flag.item())
+
+
+def _lazy_shards(model: PreTrainedModel) -> Iterator[tuple[str, LazyTensor]]:
+    state = required_state(model)
+    made: dict[str, LazyTensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        row = state.plan[name]
+        if row.name not in made:
+            made[row.name] = lazy(ShardSource(row, tensor.detach(), state.mesh))
+        yield name, made[row.name]
+
+
+def _collective_device(mesh: DeviceMesh) -> torch.device:
+    return (
+        torch.device("cpu")
+        if mesh.device_type == "cpu"
+        else torch.device(mesh.device_type, torch.accelerator.current_device_index())
+    )
+
+
+def _refuse(model: PreTrainedModel, keywords: dict[str, object]) -> None:
+    for name in ("is_main_process", "safe_serialization", "save_peft_format", "token"):
+        keywords.pop(name, None)
+    given = [name for name, value in keywords.items() if value]
+    if given:
+        raise ShardwiseError(
+            describe(
+                f"save_pretrained({', '.join(given)}=...) is not possible for a parallel model.",
+                either=[
+                    "save to a directory, and push that with huggingface_hub.upload_folder on one rank, or",
+                    "shardwise.unparallelize(model) first",
+                ],
+            )
+        )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ShardwiseError(
+            "save_pretrained: adapters loaded into a parallel model cannot be saved yet: shardwise.unparallelize(model) first."
+        )

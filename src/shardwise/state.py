@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from shardwise.parallelize import required_state
+from shardwise.rendezvous import meet
 from shardwise.spec import ShardSpec
 
 if TYPE_CHECKING:
@@ -19,10 +20,10 @@ if TYPE_CHECKING:
 def full_state_dict(model: nn.Module) -> dict[str, Tensor] | None:
     """The state dict of the ordinary model: full tensors on the CPU of the tp axis's first rank, None on the others.
 
-    Collective: every rank of the axis must call it. Tied parameters stand under each of their names, as one tensor; buffers that are
+    Collective: every rank of the axis must call it; raises `MissingRankError` when one does not. Tied parameters stand under each of their names, as one tensor; buffers that are
     not persistent are left out, as `nn.Module.state_dict` does.
     """
-    return _collect(model, lambda row, tensor: tensor, model.state_dict(keep_vars=True))
+    return _collect(model, "full_state_dict", lambda row, tensor: tensor, model.state_dict(keep_vars=True))
 
 
 def full_gradients(model: nn.Module) -> dict[str, Tensor] | None:
@@ -30,7 +31,9 @@ def full_gradients(model: nn.Module) -> dict[str, Tensor] | None:
 
     Collective: every rank of the axis must call it, with gradients for the same parameters.
     """
-    return _collect(model, lambda row, tensor: tensor.grad, dict(model.named_parameters(remove_duplicate=False)))
+    return _collect(
+        model, "full_gradients", lambda row, tensor: tensor.grad, dict(model.named_parameters(remove_duplicate=False))
+    )
 
 
 def gather_full(row: ShardSpec, local: Tensor, mesh: DeviceMesh) -> Tensor:
@@ -46,7 +49,9 @@ def gather_full(row: ShardSpec, local: Tensor, mesh: DeviceMesh) -> Tensor:
     return row.layout.unshard(shards, row.shape)
 
 
-def gather_to_first(row: ShardSpec, local: Tensor, mesh: DeviceMesh, box: tuple[tuple[int, int], ...] | None = None) -> Tensor | None:
+def gather_to_first(
+    row: ShardSpec, local: Tensor, mesh: DeviceMesh, box: tuple[tuple[int, int], ...] | None = None
+) -> Tensor | None:
     """The full tensor of `row`, or the `box` of it (a half-open range for each dim), on the first rank; None on the others. Collective.
 
     Each range is sent once, by the first rank that holds it, so the first rank needs room for the result and one piece.
@@ -73,7 +78,9 @@ def gather_to_first(row: ShardSpec, local: Tensor, mesh: DeviceMesh, box: tuple[
     return full
 
 
-def _send_piece(local: Tensor, where: tuple[tuple[int, int], ...], source: int, target: Tensor | None, mesh: DeviceMesh) -> None:
+def _send_piece(
+    local: Tensor, where: tuple[tuple[int, int], ...], source: int, target: Tensor | None, mesh: DeviceMesh
+) -> None:
     rank, group = mesh.get_local_rank(), mesh.get_group()
     if rank == source and target is not None:
         target.copy_(_within(local, where))
@@ -89,8 +96,11 @@ def _within(tensor: Tensor, ranges: tuple[tuple[int, int], ...]) -> Tensor:
     return tensor[tuple(slice(start, stop) for start, stop in ranges)]
 
 
-def _collect(model: nn.Module, pick: Callable[[ShardSpec, Tensor], Tensor | None], named: dict[str, Tensor]) -> dict[str, Tensor] | None:
+def _collect(
+    model: nn.Module, what: str, pick: Callable[[ShardSpec, Tensor], Tensor | None], named: dict[str, Tensor]
+) -> dict[str, Tensor] | None:
     state = required_state(model)
+    meet(state.mesh, what)
     by_id: dict[str, Tensor | None] = {}
     full: dict[str, Tensor] = {}
     for name, tensor in named.items():

@@ -174,8 +174,9 @@ class CheckpointWriter:
         except OSError as error:
             facts = {"reason": str(error)}
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                free = shutil.disk_usage(self._directory).free
-                facts["space"] = f"{self._plan.total_size:,} bytes of tensors to write, {free:,} bytes free now"
+                facts["space"] = f"{self._plan.total_size:,} bytes of tensors to write"
+                with contextlib.suppress(OSError):
+                    facts["space"] += f", {shutil.disk_usage(self._directory).free:,} bytes free now"
                 facts["either"] = "make room (an earlier checkpoint stays until the new one is complete), or save elsewhere"
             else:
                 facts["either"] = "save to a directory that can be made and written"

@@ -1,0 +1,216 @@
+"""From a checkpoint to this rank's shards: transformers builds the model at its full shapes without data, then each shard is read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils import logging
+
+from shardwise.api import PlanLike, make_plan, parallelize
+from shardwise.checkpoint import find_checkpoint, open_checkpoint
+from shardwise.errors import MismatchError, ShardwiseError, describe
+from shardwise.generation import same_random_state
+from shardwise.hf_loading import attach_generation_config, load_lazily, resolve_model_class
+from shardwise.lazy import LazyTensor, read_into
+from shardwise.mesh import local_device, tp_mesh
+from shardwise.model import ShardedModel
+from shardwise.parallelize import apply_plan
+from shardwise.plan import Plan
+from shardwise.spec import ShardSpec
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from transformers import PreTrainedModel
+
+_HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+_REFUSED = (
+    "device_map",
+    "quantization_config",
+    "gguf_file",
+    "state_dict",
+    "load_in_8bit",
+    "load_in_4bit",
+    "distributed_config",
+    "offload_folder",
+)
+
+
+def from_pretrained(
+    auto_class: Any,
+    path_or_id: str | os.PathLike[str],
+    *,
+    tp_plan: PlanLike | None = None,
+    tp_size: int | None = None,
+    device_mesh: DeviceMesh | None = None,
+    ep_size: int | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Load this rank's shards of a checkpoint into the transformers model that `auto_class` stands for. Collective.
+
+    Args:
+        auto_class: a transformers Auto class, or a concrete model class.
+        path_or_id: a directory with safetensors files, or a hub id.
+        tp_plan: `"auto"`, a dict of pattern: style merged over the model's own plan, or a `Plan`. Without it, and without `tp_size`
+            and `device_mesh`, the call is transformers' own.
+        tp_size: ranks on the tp axis, by default all processes.
+        device_mesh: the caller's mesh (one-dimensional, or with an axis named "tp").
+        ep_size: ranks over which experts are dealt.
+        kwargs: transformers' own keywords (`dtype`, `attn_implementation`, `revision`, `output_loading_info`, ...).
+
+    In one process the ordinary model is loaded. Raises `PlanError`, before a weight is read, for a plan that can't be carried out;
+    `CheckpointError` for a checkpoint that does not fit; `MismatchError` when another rank failed.
+    """
+    if tp_plan is None and tp_size is None and device_mesh is None:
+        return _ordinary(auto_class, path_or_id, kwargs)
+    axis = tp_mesh(tp_size, device_mesh)
+    if axis is None or axis.size() == 1:
+        return _ordinary(auto_class, path_or_id, kwargs).to(local_device(axis))
+    if given := [name for name in _REFUSED if kwargs.get(name)]:
+        raise ShardwiseError(
+            describe(
+                f"from_pretrained({', '.join(given)}=..., tp_plan=...) is not possible.",
+                either=["leave it out: each rank's shards go to its own device, or", "leave tp_plan out"],
+            )
+        )
+    model = _together(axis, lambda: _load(auto_class, os.fspath(path_or_id), axis, tp_plan or "auto", ep_size, kwargs))
+    same_random_state(axis)
+    return model
+
+
+def from_config(
+    auto_class: Any,
+    config: PreTrainedConfig,
+    *,
+    tp_plan: PlanLike | None = None,
+    tp_size: int | None = None,
+    device_mesh: DeviceMesh | None = None,
+    ep_size: int | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """A freshly initialised model, the same on every rank whatever their seeds, in shards. Arguments as in `from_pretrained`. Collective."""
+    axis = tp_mesh(tp_size, device_mesh) if (tp_plan, tp_size, device_mesh) != (None, None, None) else None
+    if axis is not None:
+        same_random_state(axis)
+    model: nn.Module = auto_class.from_config(config, **kwargs)
+    return model if axis is None else parallelize(model, axis, tp_plan or "auto", ep_size=ep_size)
+
+
+def _ordinary(auto_class: Any, path_or_id: str | os.PathLike[str], kwargs: dict[str, Any]) -> nn.Module:
+    model: nn.Module = auto_class.from_pretrained(path_or_id, **kwargs)
+    return model
+
+
+def _load(
+    auto_class: Any, path: str, mesh: DeviceMesh, tp_plan: PlanLike, ep_size: int | None, kwargs: dict[str, Any]
+) -> nn.Module:
+    hub = {name: kwargs.pop(name) for name in _HUB_KEYWORDS if name in kwargs}
+    trust = kwargs.pop("trust_remote_code", None)
+    variant, wants_info = kwargs.pop("variant", None), kwargs.pop("output_loading_info", False)
+    dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
+    generation_config = kwargs.pop("generation_config", None)
+    config, rest = _config(path, kwargs, hub, trust)
+    model_class, config = resolve_model_class(auto_class, config, path_or_id=path, trust_remote_code=trust, **hub)
+    files = find_checkpoint(path, variant=variant, **hub)
+    tensors = open_checkpoint(files.files, files.index)
+    model = load_lazily(
+        model_class, config, tensors, dtype=dtype if dtype is not None else "auto", seed=_shared_seed(mesh), **rest
+    )
+    table = make_plan(model, mesh.size(), tp_plan, ep_size=ep_size)
+    apply_plan(model, table, mesh, _reader(table, mesh), ShardedModel.for_model(model))
+    if generation_config is not None:
+        model.generation_config = generation_config
+    else:
+        attach_generation_config(model, path, **hub)
+    model.config.name_or_path = path
+    _check_loaded(model)
+    return (
+        (model, {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []})
+        if wants_info
+        else model
+    )  # type: ignore[return-value]
+
+
+def _config(
+    path: str, kwargs: dict[str, Any], hub: dict[str, Any], trust: bool | None
+) -> tuple[PreTrainedConfig, dict[str, Any]]:
+    given = kwargs.pop("config", None)
+    if isinstance(given, PreTrainedConfig):
+        return given, kwargs
+    attention = {name: kwargs.pop(name) for name in ("attn_implementation", "experts_implementation") if name in kwargs}
+    config, rest = AutoConfig.from_pretrained(
+        given or path, return_unused_kwargs=True, trust_remote_code=trust, **hub, **kwargs
+    )
+    return config, {**rest, **attention}
+
+
+def _reader(table: Plan, mesh: DeviceMesh) -> Callable[[ShardSpec, Tensor], Tensor]:
+    rank, size, device = mesh.get_local_rank(), mesh.size(), local_device(mesh)
+    quiet = rank > 0 or not logging.is_progress_bar_enabled()
+    progress = tqdm(total=len(table), desc="Loading weights", disable=quiet)
+
+    def read(row: ShardSpec, tensor: Tensor) -> Tensor:
+        local = read_shard(row, tensor, rank, size).to(device)
+        progress.update()
+        if progress.n == len(table):
+            progress.close()
+        return local
+
+    return read
+
+
+def read_shard(row: ShardSpec, tensor: Tensor, rank: int, size: int) -> Tensor:
+    """`rank`'s shard of a lazy (or real) tensor at full shape: a new CPU tensor of the row's dtype; only its own ranges are read."""
+    if not isinstance(tensor, LazyTensor):
+        return row.layout.shard(tensor.detach(), rank, size) if row.sharded else tensor.detach()
+    full = tuple((0, length) for length in row.shape)
+    cut = row.layout.cut(row.shape)
+    if cut is None:
+        local = torch.empty(row.shape, dtype=row.dtype)
+        read_into(local, tensor, full)
+        return local
+    dim, pieces = cut[0], row.layout.pieces(row.shape, rank, size)
+    local = torch.zeros(row.local_shape(rank, size), dtype=row.dtype)
+    for piece in pieces:
+        box = tuple((piece.full.start, piece.full.stop) if d == dim else r for d, r in enumerate(full))
+        read_into(local.narrow(dim, piece.local.start, piece.local.stop - piece.local.start), tensor, box)
+    return local
+
+
+def _check_loaded(model: nn.Module) -> None:
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if isinstance(tensor, LazyTensor) or tensor.is_meta:
+            raise ShardwiseError(
+                f"{name} was left without data: please report this with the model's type, {type(model).__name__}."
+            )
+
+
+def _shared_seed(mesh: DeviceMesh) -> int:
+    seed = torch.tensor([torch.initial_seed() % 2**62], device=local_device(mesh))
+    dist.broadcast(seed, group=mesh.get_group(), group_src=0)
+    return int(seed.item())
+
+
+def _together(mesh: DeviceMesh, load: Callable[[], nn.Module]) -> nn.Module:
+    """Run `load` on every rank; when it fails on one, it fails on all, so that none waits for another that is gone."""
+    model, failure = None, None
+    try:
+        model = load()
+    except Exception as error:
+        failure = error
+    failed = torch.zeros(mesh.size(), dtype=torch.int64, device=local_device(mesh))
+    failed[mesh.get_local_rank()] = int(failure is not None)
+    dist.all_reduce(failed, group=mesh.get_group())
+    if failure is not None:
+        raise failure
+    if failed.any():
+        ranks = ", ".join(str(rank) for rank in failed.nonzero().flatten().tolist())
+        raise MismatchError(f"from_pretrained failed on rank {ranks}, and so it does here; the message of that rank says why.")
+    assert model is not None
+    return model

@@ -1,0 +1,87 @@
+"""The gradient norm of a sharded model: the one that one process would compute, the same on every rank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from shardwise.mesh import local_device
+from shardwise.parallelize import ModelState, state_of
+from shardwise.spec import ShardSpec
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+def clip_grad_norm_(
+    model: nn.Module, max_norm: float, norm_type: float = 2.0, *, error_if_nonfinite: bool = False, foreach: bool | None = None
+) -> Tensor:
+    """As `torch.nn.utils.clip_grad_norm_`, for a model that lies on several ranks. Collective.
+
+    Each element of the full gradient counts once: of a parameter that every rank keeps only one rank's gradient is counted, of KV heads
+    that some ranks share one of these ranks'. Every rank scales by the same number.
+
+    Args:
+        model: a parallel model (an ordinary one is clipped by torch's own function).
+        max_norm: the largest norm that is left as it is.
+        norm_type: the p of the p-norm, or infinity.
+        error_if_nonfinite: raise `RuntimeError`, on every rank, when the norm is not finite.
+        foreach: use torch's fused implementation for scaling; None chooses.
+
+    Returns the norm before clipping, a scalar in float32 (float64 for float64 gradients), bitwise the same on every rank.
+    """
+    state = state_of(model)
+    if state is None:
+        return torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm, norm_type, error_if_nonfinite, foreach)
+    named = {name.removeprefix("_orig_mod.").removeprefix("module."): p for name, p in model.named_parameters()}
+    gradients = {name: p.grad for name, p in named.items() if p.grad is not None}
+    precision = torch.float64 if any(g.dtype == torch.float64 for g in gradients.values()) else torch.float32
+    counted = [
+        part.to(precision) for name, gradient in gradients.items() for part in _counted(state.plan[name], gradient, state)
+    ]
+    norms = torch.stack(
+        [*torch._foreach_norm(counted, norm_type), torch.zeros((), dtype=precision, device=local_device(state.mesh))]
+    )
+    total = _total(norms, norm_type, state.mesh)
+    if error_if_nonfinite and not torch.isfinite(total):
+        raise RuntimeError(
+            f"The total norm of order {norm_type} of the gradients is not finite, so they cannot be clipped: {total.item()}."
+        )
+    torch.nn.utils.clip_grads_with_norm_(named.values(), max_norm, total, foreach)
+    return total
+
+
+def _counted(row: ShardSpec, gradient: Tensor, state: ModelState) -> Iterator[Tensor]:
+    """The parts of this rank's gradient that no earlier rank holds too."""
+    rank, size = state.mesh.get_local_rank(), state.mesh.size()
+    cut = row.layout.cut(row.shape)
+    if cut is None:
+        if rank == 0:
+            yield gradient
+        return
+    earlier = (
+        {piece.full.start for before in range(rank) for piece in row.layout.pieces(row.shape, before, size)}
+        if row.layout.copies(row.shape, size) > 1
+        else set()
+    )
+    if not earlier:
+        yield gradient
+        return
+    for piece in row.layout.pieces(row.shape, rank, size):
+        if piece.full.start not in earlier:
+            yield gradient.narrow(cut[0], piece.local.start, piece.local.stop - piece.local.start)
+
+
+def _total(norms: Tensor, p: float, mesh: DeviceMesh) -> Tensor:
+    if math.isinf(p):
+        largest = norms.max()
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=mesh.get_group())
+        return largest
+    powers = norms.pow(p).sum()
+    dist.all_reduce(powers, group=mesh.get_group())
+    return powers.pow(1 / p)
