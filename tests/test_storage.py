@@ -61,13 +61,14 @@ def test_strides_and_chunks(tmp_path, monkeypatch):
         "strided": base[::2, 1:, ::3],
         "expanded": base[0, 0].expand(9, 5),
         "offset": base[1],
-        "conjugated": torch.rand(4, 3, dtype=torch.complex64).conj().T,
+        "conjugated": torch.rand(4, 3, dtype=torch.complex64).conj(),
+        "negated": torch.rand(4, dtype=torch.complex64).conj().imag,
         "float8": base.to(torch.float8_e4m3fn).transpose(0, 1),
         "grad": torch.nn.Parameter(base),
         "long": torch.rand(1000),
     }
     save(tmp_path, views)
-    expected = {name: view.detach().resolve_conj().contiguous().clone() for name, view in views.items()}
+    expected = {name: view.detach().resolve_conj().resolve_neg().contiguous().clone() for name, view in views.items()}
     assert (tmp_path / "model.safetensors").read_bytes() == safetensors.torch.save(expected, metadata={"format": "pt"})
 
 

@@ -60,7 +60,11 @@ class EpDispatchExperts(MoeExpertsParallel):
 
     @classmethod
     def refuses(cls, module: nn.Module) -> str | None:
-        return None if hasattr(module, "num_experts") else f"{type(module).__name__} does not say how many experts it has (num_experts)"
+        return (
+            None
+            if hasattr(module, "num_experts")
+            else f"{type(module).__name__} does not say how many experts it has (num_experts)"
+        )
 
     @classmethod
     def local_attributes(cls, module: nn.Module, local: Local) -> dict[str, int | None]:

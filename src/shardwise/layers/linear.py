@@ -41,7 +41,10 @@ class LinearStyle(ParallelStyle):
         assert local is not None
         pairs = list(zip(local.shape, full, strict=True))
         outputs, inputs = reversed(pairs) if self._tp.transposed else pairs
-        words = [f"{name}={a} of {b}" if a != b else f"{name}={a}" for name, (a, b) in (("in_features", inputs), ("out_features", outputs))]
+        words = [
+            f"{name}={a} of {b}" if a != b else f"{name}={a}"
+            for name, (a, b) in (("in_features", inputs), ("out_features", outputs))
+        ]
         return ", ".join([*words, f"bias={self._parameters.get('bias') is not None}", f"tp={self._tp.mesh.size()}"])
 
 

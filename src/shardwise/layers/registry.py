@@ -28,7 +28,14 @@ def style_named(name: str, where: str) -> type[ParallelStyle]:
     style = STYLES.get(name) or _registered.get(name)
     if style is None:
         known = sorted({*STYLES, *_registered})
-        raise PlanError(describe(f"There is no parallel style {name!r}.", rule=where, known=_lines(known), either=["use one of these, or", f'shardwise.register_style("{name}", YourStyle)']))
+        raise PlanError(
+            describe(
+                f"There is no parallel style {name!r}.",
+                rule=where,
+                known=_lines(known),
+                either=["use one of these, or", f'shardwise.register_style("{name}", YourStyle)'],
+            )
+        )
     return style
 
 

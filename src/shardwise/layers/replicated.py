@@ -75,7 +75,11 @@ class MlaKvAProjParallel(Replicate):
 
     @classmethod
     def refuses(cls, module: nn.Module) -> str | None:
-        return None if hasattr(module, "out_features") else f"{type(module).__name__} is not a linear layer (it has no out_features)"
+        return (
+            None
+            if hasattr(module, "out_features")
+            else f"{type(module).__name__} is not a linear layer (it has no out_features)"
+        )
 
     @classmethod
     def options(cls, module: nn.Module, parent: nn.Module) -> dict[str, int]:
@@ -83,7 +87,9 @@ class MlaKvAProjParallel(Replicate):
             rotary = getattr(holder, "qk_rope_head_dim", None)
             if isinstance(rotary, int):
                 return {"rotary": rotary}
-        raise PlanError(f"mla_kv_a_proj: neither {type(parent).__name__} nor its config says how many features are rotary (qk_rope_head_dim).")
+        raise PlanError(
+            f"mla_kv_a_proj: neither {type(parent).__name__} nor its config says how many features are rotary (qk_rope_head_dim)."
+        )
 
     def forward(self, input: Tensor) -> Tensor:
         output: Tensor = super().forward(input)

@@ -16,7 +16,9 @@ from shardwise.spec import Rule
 
 def rules(model: nn.Module, prefix: str, size: int) -> list[Rule]:
     """The corrections for a model whose decoder layers are `{prefix}layers.*`, on `size` ranks."""
-    return [rule for name, module in model.named_modules() if name.endswith(".self_attn") for rule in _attention(name, module, size)] + [
+    return [
+        rule for name, module in model.named_modules() if name.endswith(".self_attn") for rule in _attention(name, module, size)
+    ] + [
         Rule(f"{prefix}layers.*.mlp.gate_up_proj", "packed_colwise", "shardwise", reason="gate | up, each cut on its own"),
         Rule(f"{prefix}layers.*.mlp.down_proj", "rowwise", "shardwise", reason="reads the local half of gate and up"),
     ]
@@ -38,7 +40,13 @@ def _attention(name: str, module: nn.Module, size: int) -> list[Rule]:
     }
     blocks = (Block(heads.query * width, query.unit), kv_block, kv_block)
     return [
-        Rule(f"{name}.qkv_proj", "packed_colwise", "shardwise", Cut(blocks=blocks), reason="q | k | v, each cut between its heads"),
+        Rule(
+            f"{name}.qkv_proj",
+            "packed_colwise",
+            "shardwise",
+            Cut(blocks=blocks),
+            reason="q | k | v, each cut between its heads",
+        ),
         Rule(f"{name}.o_proj", "rowwise", "shardwise", query, reason="reads the local heads"),
         Rule(name, "local_params", "shardwise", attributes=attributes, reason="its code slices qkv by these numbers"),
     ]
