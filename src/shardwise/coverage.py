@@ -15,7 +15,7 @@ def check_coverage(model: nn.Module, plan: Plan) -> None:
     """Raise `PlanError` when matrices that no rule names would take much memory on every rank, or when nothing at all is cut."""
     whole: dict[str, int] = {}
     for row in plan.tensors:
-        if not row.sharded and row.rule is None and len(row.shape) > 1:
+        if not row.sharded and not row.buffer and row.rule is None and len(row.shape) > 1:
             whole[wildcard(row.name)] = whole.get(wildcard(row.name), 0) + row.bytes
     large = sorted((name for name, size in whole.items() if size > LARGE * plan.full_bytes), key=lambda name: -whole[name])
     nothing = plan.size > 1 and not any(row.sharded for row in plan.tensors)

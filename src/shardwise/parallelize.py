@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from shardwise.errors import PlanError, ShardwiseError
-from shardwise.layers import LocalConfig, ParallelStyle, SharedInput, ShardState, is_parallel, original_class, parallel_class
+from shardwise.layers import LocalConfig, ParallelStyle, Region, ShardState, is_parallel, original_class, parallel_class
 from shardwise.plan import Plan
 from shardwise.spec import ModuleSpec, ShardSpec
 
@@ -46,11 +46,11 @@ def apply_plan(
     if plan.size != mesh.size():
         raise PlanError(f"The plan is for tp={plan.size}, and the mesh has {mesh.size()} ranks: make the plan for this size.")
     _replace_tensors(model, plan, read)
-    shared: dict[str, SharedInput] = {}
+    regions: dict[str, Region] = {}
     for row in plan.modules:
         module, parent = model.get_submodule(row.name), row.name.rpartition(".")[0]
-        memo = shared.setdefault(parent, SharedInput()) if row.shares_input else None
-        _parallelize_module(module, row, plan, mesh, memo)
+        region = regions.setdefault(parent, Region(row.local_dropout)) if row.region else None
+        _parallelize_module(module, row, plan, mesh, region)
     if root is not None and not is_parallel(model):
         model.__dict__["_tp"] = ShardState(mesh)
         model.__class__ = parallel_class(root, type(model))
@@ -105,14 +105,14 @@ def _replace_tensors(model: nn.Module, plan: Plan, read: ReadShard) -> None:
             (group._buffers if row.buffer else group._parameters)[child] = new  # type: ignore[index,assignment]
 
 
-def _parallelize_module(module: nn.Module, row: ModuleSpec, plan: Plan, mesh: DeviceMesh, memo: SharedInput | None) -> None:
+def _parallelize_module(module: nn.Module, row: ModuleSpec, plan: Plan, mesh: DeviceMesh, region: Region | None) -> None:
     rank, own = mesh.get_local_rank(), {}
     for child in (*module._parameters, *module._buffers):
         name = f"{row.name}.{child}" if row.name else child
         if name in plan:
             own[child] = plan[name]
     layouts = {child: (spec.layout, spec.shape) for child, spec in own.items()}
-    state = ShardState(mesh, layouts, row.transposed, dict(row.options), memo)
+    state = ShardState(mesh, layouts, row.transposed, dict(row.options), region)
     for attribute, values in row.attributes.items():
         _set_local(module, attribute, values[rank], state)
     summed = tuple(child for child, spec in own.items() if not spec.buffer and _sums(spec, mesh.size()))

@@ -77,7 +77,7 @@ class _Resolver:
     def module_rows(self, rows: dict[str, ShardSpec]) -> Iterator[ModuleSpec]:
         """One row for each module that becomes parallel."""
         by_name = rows | {alias: row for row in rows.values() for alias in row.aliases}
-        readers = self._shared_inputs()
+        regions = self._regions()
         for name, module in self.modules.items():
             rule = self.rules.get(name)
             own = {child: by_name[_join(name, child)] for child in _direct(module)}
@@ -86,11 +86,11 @@ class _Resolver:
             summed = any(row.partial or _shares(row, self.size) for row in own.values())
             if rule is None and not attributes and not summed:
                 continue
-            parent = self.modules[name.rpartition(".")[0]]
-            options = style.options(module, parent)
-            yield ModuleSpec(
-                name, style, rule, attributes, options, stores_transposed(module), name.rpartition(".")[0] in readers
-            )
+            parent = name.rpartition(".")[0]
+            options = style.options(module, self.modules[parent])
+            region = regions.get(parent) if style.opens_region or style.closes_region else None
+            transposed = stores_transposed(module)
+            yield ModuleSpec(name, style, rule, attributes, options, transposed, region is not None, bool(region))
 
     def _row(self, name: str) -> ShardSpec:
         tensor = self.tensors.get(name, self.buffers.get(name))
@@ -177,13 +177,20 @@ class _Resolver:
             and any(r is not None and _ends_at_heads(style_named(r.style, "")) for r in rules)
         )
 
-    def _shared_inputs(self) -> set[str]:
-        readers: dict[str, int] = {}
+    def _regions(self) -> dict[str, bool]:
+        """Parents whose children open and close a parallel region that needs care, and whether they drop out elements in it."""
+        opens: dict[str, int] = {}
+        closes: set[str] = set()
         for name, rule in self.rules.items():
-            if name in self.modules and style_named(rule.style, str(rule)).reads_shared_input:
-                parent = name.rpartition(".")[0]
-                readers[parent] = readers.get(parent, 0) + 1
-        return {parent for parent, count in readers.items() if count > 1}
+            if name not in self.modules:
+                continue
+            style, parent = style_named(rule.style, str(rule)), name.rpartition(".")[0]
+            if style.opens_region:
+                opens[parent] = opens.get(parent, 0) + 1
+            if style.closes_region:
+                closes.add(parent)
+        dropout = {parent: _drops_out(self.modules[parent]) for parent in opens}
+        return {p: dropout[p] and p in closes for p, count in opens.items() if p in closes and (count > 1 or dropout[p])}
 
 
 def _ends_at_heads(style: type[ParallelStyle]) -> bool:
@@ -195,6 +202,11 @@ def _head_cut(heads: Heads, child: str, length: int, size: int) -> Cut | None:
     if runs_over_kv(child) and length % heads.kv == 0:
         return heads.kv_cut(length, size)
     return heads.query_cut(length, size) if length % heads.query == 0 else None
+
+
+def _drops_out(module: nn.Module) -> bool:
+    rates = [value for key, value in vars(module).items() if "drop" in key and isinstance(value, float)]
+    return any(rate > 0 for rate in rates) or any(isinstance(m, nn.Dropout) and m.p > 0 for m in module.children())
 
 
 def _shares(row: ShardSpec, size: int) -> bool:

@@ -101,7 +101,8 @@ class ModuleSpec:
         attributes: attributes that become local, one value a rank.
         options: what the style needs to know besides.
         transposed: its weight is kept as (in, out).
-        shares_input: siblings read the same input, so they share one `copy_to_tp`.
+        region: the module opens or closes a parallel region with siblings (the children of one parent).
+        local_dropout: between them the parent drops out elements of local activations.
     """
 
     name: str
@@ -110,4 +111,5 @@ class ModuleSpec:
     attributes: Mapping[str, tuple[int | None, ...]] = field(default_factory=dict)
     options: Mapping[str, int] = field(default_factory=dict)
     transposed: bool = False
-    shares_input: bool = False
+    region: bool = False
+    local_dropout: bool = False

@@ -21,7 +21,6 @@ from shardwise.layers.base import (
     LocalConfig,
     ParallelStyle,
     ShardState,
-    SharedInput,
     is_parallel,
     original_class,
     parallel_class,
@@ -38,6 +37,7 @@ from shardwise.layers.linear import (
     RowwiseSplitInput,
     stores_transposed,
 )
+from shardwise.layers.region import Region
 from shardwise.layers.replicated import (
     AllReduceParallel,
     LocalParamsParallel,
@@ -93,13 +93,13 @@ __all__ = [
     "PackedColwiseParallel",
     "PackedRowwiseParallel",
     "ParallelStyle",
+    "Region",
     "Replicate",
     "ReplicatedWithGradAllReduce",
     "RowwiseParallel",
     "RowwiseSplitInput",
     "SequenceParallel",
     "ShardState",
-    "SharedInput",
     "is_parallel",
     "original_class",
     "parallel_class",

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from shardwise.collectives import Sizes, copy_to_tp
+from shardwise.layers.region import Region
 from shardwise.layout import Block, Layout, Packed, Replicated, Shape, Sharded, Spread
 
 if TYPE_CHECKING:
@@ -65,38 +66,6 @@ class Local:
         return pieces[0].full.start if pieces else 0
 
 
-class SharedInput:
-    """One `copy_to_tp` for all siblings that read the same tensor, so that one all-reduce carries the sum of their gradients.
-
-    q, k and v read one tensor, gate and up another. The first column-wise layer that sees it makes the copy, a sibling that gets the
-    very same object (not an equal one) reuses it. Holds one activation at most: the row-wise layer that ends the region clears it.
-    """
-
-    def __init__(self) -> None:
-        self._last: tuple[Tensor, Tensor] | None = None
-
-    def enter(self, x: Tensor, mesh: DeviceMesh) -> Tensor:
-        """`copy_to_tp(x, mesh)`, made once for one `x`. Shapes: any, unchanged."""
-        if not (x.requires_grad and torch.is_grad_enabled()):
-            return x
-        last = self._last
-        if last is not None and last[0] is x:
-            return last[1]
-        copy = copy_to_tp(x, mesh)
-        self._last = (x, copy)
-        return copy
-
-    def clear(self) -> None:
-        """Let go of the activation."""
-        self._last = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> SharedInput:
-        return SharedInput()
-
-    def __reduce__(self) -> tuple[type[SharedInput], tuple[()]]:
-        return SharedInput, ()
-
-
 class LocalConfig:
     """A view of a model's config in which some numbers are local, for a module whose code reads them there (`config.num_attention_heads`).
 
@@ -121,7 +90,7 @@ class ShardState:
         layouts: layout and full shape by name, for each parameter and buffer of this module that has a row in the plan.
         transposed: the weight is kept as (in, out).
         options: what the plan says to the style besides (the rotary dims of a latent projection, ...).
-        shared: the memo of the shared input; None where no sibling reads the same tensor.
+        region: what the module shares with its siblings between a column-wise and a row-wise layer; None where there is nothing to share.
         restore: attributes as they were before, for the way back.
 
     `sizes` has the ranks' lengths along each parameter's cut dim.
@@ -131,7 +100,7 @@ class ShardState:
     layouts: dict[str, tuple[Layout, Shape]] = field(default_factory=dict)
     transposed: bool = False
     options: Mapping[str, int] = field(default_factory=dict)
-    shared: SharedInput | None = None
+    region: Region | None = None
     restore: dict[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -141,14 +110,14 @@ class ShardState:
             if (cut := layout.cut(shape)) is not None:
                 self.sizes[name] = tuple(layout.local_shape(shape, rank, size)[cut[0]] for rank in range(size))
 
-    def enter(self, x: Tensor) -> Tensor:
+    def enter(self, x: Tensor, training: bool) -> Tensor:
         """The input of a column-wise layer: I -> R, shared among siblings."""
-        return copy_to_tp(x, self.mesh) if self.shared is None else self.shared.enter(x, self.mesh)
+        return copy_to_tp(x, self.mesh) if self.region is None else self.region.enter(x, self.mesh, training)
 
     def leave(self) -> None:
-        """The end of a parallel region."""
-        if self.shared is not None:
-            self.shared.clear()
+        """The end of a parallel region, in front of the row-wise product."""
+        if self.region is not None:
+            self.region.leave()
 
 
 class ParallelStyle(nn.Module):
@@ -159,8 +128,8 @@ class ParallelStyle(nn.Module):
     """
 
     prefix: ClassVar[str] = "Parallel"
-    reads_shared_input: ClassVar[bool] = False
-    ends_shared_input: ClassVar[bool] = False
+    opens_region: ClassVar[bool] = False
+    closes_region: ClassVar[bool] = False
     gradient_is_partial: ClassVar[bool] = False
     _tp: ShardState
 

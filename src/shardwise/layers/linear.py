@@ -55,14 +55,14 @@ class ColwiseParallel(LinearStyle):
     """
 
     prefix = "Colwise"
-    reads_shared_input = True
+    opens_region = True
 
     @classmethod
     def layout(cls, shape: Shape, cut: Cut) -> Layout:
         return cut.along(_output_dim(shape, cut))
 
     def forward(self, input: Tensor) -> Tensor:
-        output: Tensor = super().forward(self._tp.enter(input))
+        output: Tensor = super().forward(self._tp.enter(input, self.training))
         return output
 
 
@@ -80,7 +80,7 @@ class RowwiseParallel(LinearStyle):
     """Y = X Aᵀ + b with the columns of A split.  X (..., in/tp) S(-1) -> Y (..., out) I. The bias is added once, after the sum."""
 
     prefix = "Rowwise"
-    ends_shared_input = True
+    closes_region = True
 
     @classmethod
     def layout(cls, shape: Shape, cut: Cut) -> Layout:

@@ -7,12 +7,14 @@ from types import MappingProxyType
 
 from torch import nn
 
-from shardwise.plans import deepseek, phi3
+from shardwise.plans import apertus, deepseek, phi3
 from shardwise.spec import Rule
 
 Corrections = Callable[[nn.Module, str, int], list[Rule]]
 
-CORRECTIONS: Mapping[str, Corrections] = MappingProxyType({"phi3": phi3.rules, "deepseek_v3": deepseek.rules})
+CORRECTIONS: Mapping[str, Corrections] = MappingProxyType(
+    {"apertus": apertus.rules, "phi3": phi3.rules, "deepseek_v3": deepseek.rules}
+)
 
 
 def corrections(model_type: str, model: nn.Module, prefix: str, size: int) -> list[Rule]:

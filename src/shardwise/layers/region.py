@@ -1,0 +1,80 @@
+"""What happens between a column-wise and a row-wise layer of one module, where activations are local: one input copy, one random stream."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from shardwise.collectives import copy_to_tp
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+class Region:
+    """The parallel region of one module: opened by its column-wise children, closed by its row-wise one.
+
+    One `copy_to_tp` for all siblings that read the same tensor: q, k and v read one, gate and up another. The first sibling that sees it
+    makes the copy, the others reuse it when they get the very same object, so autograd adds their gradients and one all-reduce carries
+    the sum. One activation is held at most, until the region is closed.
+
+    With `local_dropout` the region has a random stream of its own on each rank, as its dropout masks lie on local heads or features
+    and must differ, while masks outside must agree (Megatron-LM, arXiv:1909.08053, section 3). The stream's seed is drawn from the common
+    one, so that recomputing under activation checkpointing draws the same masks. Under torch.compile the ranks keep the common stream:
+    their masks are valid each, and alike.
+    """
+
+    def __init__(self, local_dropout: bool = False) -> None:
+        self._local_dropout = local_dropout
+        self._last: tuple[Tensor, Tensor] | None = None
+        self._common: _RandomState | None = None
+
+    def enter(self, x: Tensor, mesh: DeviceMesh, training: bool) -> Tensor:
+        """`copy_to_tp(x, mesh)`, made once for one `x`. Shapes: any, unchanged."""
+        if self._local_dropout and training and self._common is None and not torch.compiler.is_compiling():
+            self._common = _RandomState(x.device)
+            self._common.diverge(mesh.get_local_rank())
+        if not (x.requires_grad and torch.is_grad_enabled()):
+            return x
+        last = self._last
+        if last is not None and last[0] is x:
+            return last[1]
+        copy = copy_to_tp(x, mesh)
+        self._last = (x, copy)
+        return copy
+
+    def leave(self) -> None:
+        """Let go of the activation, and go back to the common random stream."""
+        self._last = None
+        if self._common is not None:
+            self._common.restore()
+            self._common = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Region:
+        return Region(self._local_dropout)
+
+    def __reduce__(self) -> tuple[type[Region], tuple[bool]]:
+        return Region, (self._local_dropout,)
+
+
+class _RandomState:
+    """The random state of the CPU, and of `device` where that is another one."""
+
+    def __init__(self, device: torch.device) -> None:
+        # Drawn before the state is kept, so that the next region gets another seed.
+        self._seed = int(torch.randint(2**62, ()).item())
+        self._device = None if device.type == "cpu" else device
+        self._cpu = torch.get_rng_state()
+        self._other = torch.get_device_module(device).get_rng_state(device) if self._device is not None else None
+
+    def diverge(self, rank: int) -> None:
+        torch.default_generator.manual_seed(self._seed + rank)
+        if self._device is not None:
+            torch.get_device_module(self._device).manual_seed(self._seed + rank)
+
+    def restore(self) -> None:
+        torch.set_rng_state(self._cpu)
+        if self._device is not None:
+            torch.get_device_module(self._device).set_rng_state(self._other, self._device)
