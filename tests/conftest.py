@@ -10,8 +10,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from hypothesis import settings
 
 from shardwise.testing import RankPool, run_threads
+
+# No deadline: how long an example takes says more about the machine than about the code.
+settings.register_profile("shardwise", max_examples=300, deadline=None)
+settings.load_profile("shardwise")
 
 
 @pytest.fixture(scope="session")
