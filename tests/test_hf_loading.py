@@ -251,9 +251,10 @@ def test_quantized_checkpoints_are_refused_by_name() -> None:
 
 def test_classes_are_those_of_transformers() -> None:
     """Guards: a composite config given to a text-only model, which expects the text part of it."""
-    composite = AutoConfig.for_model("gemma3")
+    composite = AutoConfig.for_model("mllama")
     model_class, config = resolve_model_class(AutoModelForCausalLM, composite)
-    assert config is (composite.text_config if model_class.config_class is type(composite.text_config) else composite)
+    assert config is composite.text_config
+    assert model_class.config_class is type(config)
     with pytest.raises(ValueError, match="no model of type vit"):
         resolve_model_class(AutoModelForCausalLM, AutoConfig.for_model("vit"))
     assert resolve_model_class(model_class, config) == (model_class, config)
@@ -271,6 +272,7 @@ def test_generation_config_of_old_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**config, "max_length": 77}))
     attach_generation_config(model, tmp_path)
     assert model.generation_config.max_length == 77
+    assert model.generation_config._from_model_config  # or transformers takes the old settings for the user's own
 
 
 def test_config_is_left_alone(tmp_path: Path) -> None:

@@ -164,6 +164,8 @@ def _apply(chain: list[Callable[[Tensor], Tensor]], tensor: Tensor) -> Tensor:
         (lambda w: torch.cat([w, w])[4:12].t(), ((1, 2), (3, 5)), 2),
         (lambda w: w.view(2, 4, 6).transpose(1, 2), ((1, 2), (0, 6), (0, 4)), 24),
         (lambda w: w.view(4, 2, 6).reshape(8, 6), ((2, 4), (0, 3)), 6),
+        (lambda w: w.view(48).view(8, 6), ((3, 4), (2, 4)), 2),
+        (lambda w: w.view(48), ((13, 17),), 4),
         (lambda w: nn.Parameter(w.chunk(4)[2]), ((0, 1), (0, 6)), 6),
     ],
 )
