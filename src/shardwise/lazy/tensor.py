@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from threading import Lock
 from typing import TypeVar, cast
 
 import torch
@@ -12,35 +10,14 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._pytree import tree_iter, tree_map_only
 
-from shardwise.errors import CheckpointError, describe
 from shardwise.lazy import ops
 from shardwise.lazy.expr import Const, Expr, Op, Source, const, full_box, leaf, leaves, lengths, take
+from shardwise.lazy.kinds import depends_on_values, device_type, makes_new_values, misfit
+from shardwise.lazy.storage import Storage
 from shardwise.lazy.views import Box
 
 T = TypeVar("T")
 _ATEN = torch.ops.aten
-
-
-class _Storage:
-    """What a lazy tensor and its views share: an expression, until somebody writes; then a tensor."""
-
-    def __init__(self, expr: Expr, real: Tensor | None = None) -> None:
-        self.expr = expr
-        self.real = real
-        self._lock = Lock()
-
-    def realise(self) -> Tensor:
-        """The values in memory, with the strides that were promised, so that any view can be taken of them."""
-        with self._lock:
-            if self.real is None:
-                real = torch.empty_strided(self.expr.shape, self.expr.stride, dtype=self.expr.dtype, device="cpu")
-                ops.fill(real, self.expr, full_box(self.expr.shape))
-                self.real = real
-            return self.real
-
-    def copy(self) -> _Storage:
-        """An independent storage; the sources stay shared."""
-        return _Storage(self.expr, None if self.real is None else self.real.clone(memory_format=torch.preserve_format))
 
 
 class LazyTensor(Tensor):
@@ -50,21 +27,21 @@ class LazyTensor(Tensor):
     """
 
     _expr: Expr
-    _storage: _Storage
+    _storage: Storage
 
     # without this, torch would turn the plain results of operations into LazyTensors that have no expression
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls: type[LazyTensor], expr: Expr, storage: _Storage | None = None) -> LazyTensor:
+    def __new__(cls: type[LazyTensor], expr: Expr, storage: Storage | None = None) -> LazyTensor:
         device = torch.device("cpu")
         tensor = torch.Tensor._make_wrapper_subclass(cls, expr.shape, strides=expr.stride, dtype=expr.dtype, device=device)
         assert isinstance(tensor, LazyTensor)
         tensor._expr = expr
-        tensor._storage = _Storage(expr) if storage is None else storage
+        tensor._storage = Storage(expr) if storage is None else storage
         return tensor
 
-    def __init__(self, expr: Expr, storage: _Storage | None = None) -> None:
+    def __init__(self, expr: Expr, storage: Storage | None = None) -> None:
         super().__init__()
 
     @classmethod
@@ -80,9 +57,9 @@ class LazyTensor(Tensor):
             return _shared(cast(LazyTensor, args[0]))
         if func._schema.is_mutable:
             return _write(func, args, kwargs)
-        if _makes_new_values(func):
+        if makes_new_values(func):
             return func(*_metas(args), **{**_metas(kwargs), "device": kwargs.get("device") or torch.device("cpu")})
-        if _goes_to_meta(kwargs):
+        if device_type(kwargs) == "meta":
             return func(*_metas(args), **_metas(kwargs))
         return _run(func, args, kwargs) if _must_run(func, args, kwargs) else _record(func, args, kwargs)
 
@@ -95,14 +72,14 @@ class LazyTensor(Tensor):
     def data(self, value: Tensor) -> None:
         if not isinstance(value, LazyTensor):
             expr = Const(tuple(value.shape), value.stride(), value.dtype, value)
-            value = LazyTensor(expr, _Storage(expr, value))
+            value = LazyTensor(expr, Storage(expr, value))
         Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
         self._expr, self._storage = value._expr, value._storage
 
     def __deepcopy__(self, memo: dict[int, object]) -> LazyTensor:
         if id(self) in memo:
             return cast(LazyTensor, memo[id(self)])
-        storage = cast(_Storage, memo.setdefault(id(self._storage), self._storage.copy()))
+        storage = cast(Storage, memo.setdefault(id(self._storage), self._storage.copy()))
         copy = LazyTensor(self._expr, storage).requires_grad_(self.requires_grad)
         copy.__dict__.update({name: value for name, value in self.__dict__.items() if name not in ("_expr", "_storage")})
         memo[id(self)] = copy
@@ -188,29 +165,13 @@ def _shared(tensor: LazyTensor) -> LazyTensor:
     return LazyTensor(tensor._expr, tensor._storage)
 
 
-def _makes_new_values(func: OpOverload) -> bool:
-    """`zeros_like`, `new_empty` and so on: of the argument, only shape and dtype count."""
-    name = str(func.overloadpacket).removeprefix("aten.")
-    return name.startswith("new_") or name.endswith("_like")
-
-
-def _goes_to_meta(kwargs: Mapping[str, object]) -> bool:
-    return isinstance(device := kwargs.get("device"), torch.device) and device.type == "meta"
-
-
 def _must_run(func: OpOverload, args: tuple[object, ...], kwargs: Mapping[str, object]) -> bool:
-    """Whether the operation can't wait: its result's type or shape depends on values, it draws numbers, or all is in memory."""
-    now = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded}
-    if now & set(func.tags) or not all(_is_tensor_type(result.type) for result in func._schema.returns):
-        return True
-    device = kwargs.get("device")
-    if isinstance(device, torch.device) and device.type != "cpu":
-        return True
-    return all(_real(item) is not None for item in tree_iter((args, dict(kwargs))) if isinstance(item, Tensor))
-
-
-def _is_tensor_type(kind: object) -> bool:
-    return str(kind) in ("Tensor", "List[Tensor]")
+    """Whether the operation can't wait, or needn't because all its inputs are in memory."""
+    return (
+        depends_on_values(func)
+        or device_type(kwargs) not in (None, "cpu")
+        or all(_real(item) is not None for item in tree_iter((args, dict(kwargs))) if isinstance(item, Tensor))
+    )
 
 
 def _run(func: OpOverload, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
@@ -234,7 +195,8 @@ def _record(func: OpOverload, args: tuple[object, ...], kwargs: Mapping[str, obj
     except NotImplementedError:  # no shape without values
         return _run(func, args, kwargs)
     except RuntimeError as error:
-        raise _shape_error(func, (args, dict(kwargs)), error) from error
+        parts = [item for item in tree_iter((args, dict(kwargs))) if isinstance(item, Tensor)]
+        raise misfit(func, [(_name(part), tuple(part.shape)) for part in parts], error) from error
     inputs, keywords = tree_map_only(Tensor, _snapshot, (args, dict(kwargs)))
     storage = cast(LazyTensor, args[0])._storage if func.is_view else None
 
@@ -280,21 +242,6 @@ def _write(func: OpOverload, args: tuple[object, ...], kwargs: Mapping[str, obje
     if len(func._schema.returns) == 1 and (alias := func._schema.returns[0].alias_info) is not None:
         return next((named[name] for name, aliases in written.items() if aliases & alias.before_set), result)
     return result
-
-
-def _shape_error(func: OpOverload, inputs: object, error: RuntimeError) -> CheckpointError:
-    """What to say when tensors don't fit together: the odd ones out first."""
-    parts = [item for item in tree_iter(inputs) if isinstance(item, Tensor)]
-    usual = Counter(tuple(part.shape) for part in parts).most_common(1)[0][0] if len(parts) > 2 else None
-    parts.sort(key=lambda part: tuple(part.shape) == usual)
-    shown = [f"{_name(part)}: {list(part.shape)}" for part in parts[:8]]
-    return CheckpointError(
-        describe(
-            f"{str(func.overloadpacket).removeprefix('aten.')}: these tensors of the checkpoint do not fit together.",
-            tensors=[*shown, f"and {len(parts) - 8} more"] if len(parts) > 8 else shown,
-            torch=str(error).splitlines()[0],
-        )
-    )
 
 
 def _name(tensor: Tensor) -> str:

@@ -1,0 +1,10 @@
+"""Finding a checkpoint's safetensors files, and opening them without reading a weight.
+
+Every tensor becomes a `LazyTensor` over a memory mapping, so that reading a box touches only the pages that it lies on. What
+can be wrong with the files themselves is found when they are opened, from their headers.
+"""
+
+from shardwise.checkpoint.find import CheckpointFiles, find_checkpoint
+from shardwise.checkpoint.open import FileSource, open_checkpoint
+
+__all__ = ["CheckpointFiles", "FileSource", "find_checkpoint", "open_checkpoint"]
