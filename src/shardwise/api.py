@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
@@ -16,8 +15,8 @@ from shardwise.mesh import local_device, tp_mesh
 from shardwise.model import ShardedModel
 from shardwise.parallelize import apply_plan, remove_plan, required_state
 from shardwise.plan import Plan
-from shardwise.replicas import check_same_weights
 from shardwise.rendezvous import meet
+from shardwise.replicas import check_same_weights
 from shardwise.resolve import resolve
 from shardwise.spec import Rule, ShardSpec
 from shardwise.state import gather_full
@@ -34,7 +33,8 @@ def make_plan(
     """What each of `tp_size` ranks would hold and do. Nothing is read, allocated or changed.
 
     Args:
-        model_or_config: a model (its tensors may be on meta), or a transformers config, of which the causal-LM class is built on meta.
+        model_or_config: a model (its tensors may be on meta), or a transformers config, of which the causal-LM class is built
+            on meta.
         tp_size: ranks on the tp axis.
         plan: `"auto"` for the model's own plan with our corrections; a dict of pattern: style, merged over it; or a `Plan`.
         ep_size: ranks over which experts are dealt; None to split every expert instead.
@@ -46,7 +46,10 @@ def make_plan(
         return plan
     if ep_size not in (None, 1, tp_size):
         raise PlanError(
-            f"ep_size={ep_size} with tp_size={tp_size}: experts are dealt to all ranks of the tp axis (ep_size={tp_size}) or split (leave it out)."
+            describe(
+                f"ep_size={ep_size} is not possible with tp_size={tp_size}.",
+                either=[f"ep_size={tp_size}: the experts are dealt to all ranks, or", "leave it out: every expert is split"],
+            )
         )
     rules = model_rules(model, tp_size, expert_parallel=ep_size is not None and ep_size > 1)
     table = resolve(model, [*rules, *_user_rules(model, plan)], tp_size)
@@ -61,7 +64,8 @@ def parallelize(
 
     Args:
         model: the same on every rank, weights included (checked: a `MismatchError` names the first parameter that differs).
-        mesh: the tp axis (a one-dimensional mesh, or one with an axis named "tp"); by default all processes that torchrun started.
+        mesh: the tp axis (a one-dimensional mesh, or one with an axis named "tp"); by default all processes that torchrun
+            started.
         plan: as in `shardwise.plan`.
         ep_size: as in `shardwise.plan`.
 
@@ -89,7 +93,7 @@ def unparallelize(model: nn.Module) -> nn.Module:
     return model
 
 
-def _user_rules(model: nn.Module, plan: PlanLike) -> list[Rule]:
+def _user_rules(model: nn.Module, plan: str | Mapping[str, str]) -> list[Rule]:
     if isinstance(plan, str):
         if plan == "auto":
             return []

@@ -47,12 +47,14 @@ def copy_to_tp(x: Tensor, mesh: DeviceMesh) -> Tensor:
 def reduce_from_tp(x: Tensor, mesh: DeviceMesh) -> Tensor:
     """P -> I: sum over the ranks of `mesh`; backward is the identity (Megatron's g).
 
-    Consumes `x`: where that is safe (a contiguous tensor, not a leaf, not a view) the sum is written into it, and autograd is told so.
-    Shapes: any, unchanged; any dtype that the backend reduces. Each rank's gradient is already whole, so summing it again (as torch's
-    functional all-reduce does) would multiply it by the size.
+    Consumes `x`: where that is safe (a contiguous tensor, not a leaf, not a view) the sum is written into it, and autograd is
+    told so.
+    Shapes: any, unchanged; any dtype that the backend reduces. Each rank's gradient is already whole, so summing it again (as
+    torch's functional all-reduce does) would multiply it by the size.
     """
     if _needs_grad(x):
-        return ReduceFromTP.apply(x, mesh)
+        total: Tensor = ReduceFromTP.apply(x, mesh)
+        return total
     x = x.contiguous()
     dist.all_reduce(x, group=mesh.get_group())
     return x
@@ -95,7 +97,8 @@ def reduce_scatter_to_sp(x: Tensor, mesh: DeviceMesh, dim: int = 1, sizes: Sizes
 
 
 def all_to_all(x: Tensor, mesh: DeviceMesh, receive: Sizes, send: Sizes) -> Tensor:
-    """Rows to other ranks: the first `send[0]` rows of `x` to rank 0, the next to rank 1, ...; backward sends the gradients home.
+    """Rows to other ranks: the first `send[0]` rows of `x` to rank 0, the next to rank 1, ...; backward sends the gradients
+    home.
 
     Shapes: (sum(send), ...) -> (sum(receive), ...), rows in the order of the ranks that they came from.
     """
@@ -113,6 +116,8 @@ def _needs_grad(x: Tensor) -> bool:
 
 
 class CopyToTP(torch.autograd.Function):
+    """Identity; backward: all-reduce."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, mesh: DeviceMesh) -> Tensor:
         ctx.mesh = mesh
@@ -125,6 +130,8 @@ class CopyToTP(torch.autograd.Function):
 
 
 class ReduceFromTP(torch.autograd.Function):
+    """All-reduce, in place where that is safe; backward: identity."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, mesh: DeviceMesh) -> Tensor:
         ctx.mesh = mesh
@@ -142,6 +149,8 @@ class ReduceFromTP(torch.autograd.Function):
 
 
 class ScatterToTP(torch.autograd.Function):
+    """Slice; backward: all-gather."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, mesh: DeviceMesh, dim: int, sizes: Sizes) -> Tensor:
         ctx.call = (mesh, dim, sizes)
@@ -153,6 +162,8 @@ class ScatterToTP(torch.autograd.Function):
 
 
 class GatherFromTP(torch.autograd.Function):
+    """All-gather; backward: slice."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, mesh: DeviceMesh, dim: int, sizes: Sizes) -> Tensor:
         ctx.call = (mesh, dim, sizes)
@@ -164,6 +175,8 @@ class GatherFromTP(torch.autograd.Function):
 
 
 class GatherFromSP(torch.autograd.Function):
+    """All-gather; backward: reduce-scatter."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, mesh: DeviceMesh, dim: int, sizes: Sizes) -> Tensor:
         ctx.call = (mesh, dim, sizes)
@@ -175,6 +188,8 @@ class GatherFromSP(torch.autograd.Function):
 
 
 class ReduceScatterToSP(torch.autograd.Function):
+    """Reduce-scatter; backward: all-gather."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, mesh: DeviceMesh, dim: int, sizes: Sizes) -> Tensor:
         ctx.call = (mesh, dim, sizes)
@@ -186,6 +201,8 @@ class ReduceScatterToSP(torch.autograd.Function):
 
 
 class AllToAll(torch.autograd.Function):
+    """All-to-all; backward: all-to-all the other way."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, mesh: DeviceMesh, receive: Sizes, send: Sizes) -> Tensor:
         ctx.mesh, ctx.receive, ctx.send = mesh, receive, send

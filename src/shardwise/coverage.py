@@ -12,7 +12,9 @@ LARGE = 0.10
 
 
 def check_coverage(model: nn.Module, plan: Plan) -> None:
-    """Raise `PlanError` when matrices that no rule names would take much memory on every rank, or when nothing at all is cut."""
+    """Raise `PlanError` when matrices that no rule names would take much memory on every rank, or when nothing at all is
+    cut.
+    """
     whole: dict[str, int] = {}
     for row in plan.tensors:
         if not row.sharded and not row.buffer and row.rule is None and len(row.shape) > 1:
@@ -23,9 +25,10 @@ def check_coverage(model: nn.Module, plan: Plan) -> None:
         return
     found = [f"{name}: {whole[name] / 2**20:.2f} MiB, {whole[name] / plan.full_bytes:.0%} of the model" for name in large[:8]]
     examples = ", ".join(f'"{name.rpartition(".")[0]}": "replicate"' for name in large[:2])
+    problem = "no rule cuts anything" if nothing else "no rule names these matrices, so every rank would keep them whole"
     raise PlanError(
         describe(
-            f"{type(model).__name__}: {'no rule cuts anything' if nothing else 'no rule names these matrices, so every rank would keep them whole'}.",
+            f"{type(model).__name__}: {problem}.",
             **({"whole": found} if found else {}),
             either=[
                 "give them a style: tp_plan={...}, merged over the model's own plan, or",

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 
 def same_random_state(mesh: DeviceMesh) -> None:
-    """Give every rank the first rank's random state, so that sampling draws the same tokens, those that one process would. Collective.
+    """Give every rank the first rank's random state, so that sampling draws the same tokens, those that one process would.
+    Collective.
 
     On GPUs both the CPU's and the device's generator are set.
     """

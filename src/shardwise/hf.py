@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from shardwise.errors import PlanError
+from shardwise.errors import PlanError, describe
 from shardwise.plans import corrections
 from shardwise.spec import Rule
 
@@ -68,5 +68,8 @@ def build_on_meta(config: PreTrainedConfig) -> nn.Module:
                 model: nn.Module = auto.from_config(config)
                 return model
     raise PlanError(
-        f"transformers has no causal-LM class for a {type(config).__name__}: build the model yourself under torch.device('meta') and pass it."
+        describe(
+            f"transformers has no causal-LM class for a {type(config).__name__}.",
+            either=["build the model yourself, under torch.device('meta'), and pass that"],
+        )
     )

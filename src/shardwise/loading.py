@@ -1,15 +1,18 @@
-"""From a checkpoint to this rank's shards: transformers builds the model at its full shapes without data, then each shard is read."""
+"""From a checkpoint to this rank's shards: transformers builds the model at its full shapes without data, then each shard is
+read.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import logging
 
@@ -27,9 +30,9 @@ from shardwise.spec import ShardSpec
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-    from transformers import PreTrainedModel
 
 _HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+_MODEL_KEYWORDS = ("attn_implementation", "experts_implementation", "key_mapping", "ignore_mismatched_sizes")
 _REFUSED = (
     "device_map",
     "quantization_config",
@@ -57,15 +60,16 @@ def from_pretrained(
     Args:
         auto_class: a transformers Auto class, or a concrete model class.
         path_or_id: a directory with safetensors files, or a hub id.
-        tp_plan: `"auto"`, a dict of pattern: style merged over the model's own plan, or a `Plan`. Without it, and without `tp_size`
+        tp_plan: `"auto"`, a dict of pattern: style merged over the model's own plan, or a `Plan`. Without it, and without
+            `tp_size`
             and `device_mesh`, the call is transformers' own.
         tp_size: ranks on the tp axis, by default all processes.
         device_mesh: the caller's mesh (one-dimensional, or with an axis named "tp").
         ep_size: ranks over which experts are dealt.
         kwargs: transformers' own keywords (`dtype`, `attn_implementation`, `revision`, `output_loading_info`, ...).
 
-    In one process the ordinary model is loaded. Raises `PlanError`, before a weight is read, for a plan that can't be carried out;
-    `CheckpointError` for a checkpoint that does not fit; `MismatchError` when another rank failed.
+    In one process the ordinary model is loaded. Raises `PlanError`, before a weight is read, for a plan that can't be carried
+    out; `CheckpointError` for a checkpoint that does not fit; `MismatchError` when another rank failed.
     """
     if tp_plan is None and tp_size is None and device_mesh is None:
         return _ordinary(auto_class, path_or_id, kwargs)
@@ -79,9 +83,10 @@ def from_pretrained(
                 either=["leave it out: each rank's shards go to its own device, or", "leave tp_plan out"],
             )
         )
-    model = _together(axis, lambda: _load(auto_class, os.fspath(path_or_id), axis, tp_plan or "auto", ep_size, kwargs))
+    request = _Request(auto_class, os.fspath(path_or_id), axis, tp_plan or "auto", ep_size, _shared_seed(axis), kwargs)
+    model = _together(axis, request.load)
     same_random_state(axis)
-    return model
+    return (model, request.loading_info) if request.wants_info else model  # type: ignore[return-value]
 
 
 def from_config(
@@ -94,7 +99,9 @@ def from_config(
     ep_size: int | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """A freshly initialised model, the same on every rank whatever their seeds, in shards. Arguments as in `from_pretrained`. Collective."""
+    """A freshly initialised model, the same on every rank whatever their seeds, in shards. Arguments as in `from_pretrained`.
+    Collective.
+    """
     axis = tp_mesh(tp_size, device_mesh) if (tp_plan, tp_size, device_mesh) != (None, None, None) else None
     if axis is not None:
         same_random_state(axis)
@@ -107,47 +114,56 @@ def _ordinary(auto_class: Any, path_or_id: str | os.PathLike[str], kwargs: dict[
     return model
 
 
-def _load(
-    auto_class: Any, path: str, mesh: DeviceMesh, tp_plan: PlanLike, ep_size: int | None, kwargs: dict[str, Any]
-) -> nn.Module:
-    hub = {name: kwargs.pop(name) for name in _HUB_KEYWORDS if name in kwargs}
-    trust = kwargs.pop("trust_remote_code", None)
-    variant, wants_info = kwargs.pop("variant", None), kwargs.pop("output_loading_info", False)
-    dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
-    generation_config = kwargs.pop("generation_config", None)
-    config, rest = _config(path, kwargs, hub, trust)
-    model_class, config = resolve_model_class(auto_class, config, path_or_id=path, trust_remote_code=trust, **hub)
-    files = find_checkpoint(path, variant=variant, **hub)
-    tensors = open_checkpoint(files.files, files.index)
-    model = load_lazily(
-        model_class, config, tensors, dtype=dtype if dtype is not None else "auto", seed=_shared_seed(mesh), **rest
-    )
-    table = make_plan(model, mesh.size(), tp_plan, ep_size=ep_size)
-    apply_plan(model, table, mesh, _reader(table, mesh), ShardedModel.for_model(model))
-    if generation_config is not None:
-        model.generation_config = generation_config
-    else:
-        attach_generation_config(model, path, **hub)
-    model.config.name_or_path = path
-    _check_loaded(model)
-    return (
-        (model, {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []})
-        if wants_info
-        else model
-    )  # type: ignore[return-value]
+@dataclass
+class _Request:
+    """One call of `from_pretrained`, on one rank."""
 
+    auto_class: Any
+    path: str
+    mesh: DeviceMesh
+    tp_plan: PlanLike
+    ep_size: int | None
+    seed: int
+    keywords: dict[str, Any]
 
-def _config(
-    path: str, kwargs: dict[str, Any], hub: dict[str, Any], trust: bool | None
-) -> tuple[PreTrainedConfig, dict[str, Any]]:
-    given = kwargs.pop("config", None)
-    if isinstance(given, PreTrainedConfig):
-        return given, kwargs
-    attention = {name: kwargs.pop(name) for name in ("attn_implementation", "experts_implementation") if name in kwargs}
-    config, rest = AutoConfig.from_pretrained(
-        given or path, return_unused_kwargs=True, trust_remote_code=trust, **hub, **kwargs
-    )
-    return config, {**rest, **attention}
+    def __post_init__(self) -> None:
+        take = self.keywords.pop
+        self.hub = {name: take(name) for name in _HUB_KEYWORDS if name in self.keywords}
+        self.trust, self.variant = take("trust_remote_code", None), take("variant", None)
+        self.dtype = take("dtype", None) or take("torch_dtype", None) or "auto"
+        self.generation_config = take("generation_config", None)
+        self.wants_info = take("output_loading_info", False)
+        self.loading_info: dict[str, set[str]] = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
+
+    def load(self) -> PreTrainedModel:
+        """The model with this rank's shards. No collective: a rank that fails is heard in `_together`."""
+        given, rest = self._config()
+        model_class, config = resolve_model_class(
+            self.auto_class, given, path_or_id=self.path, trust_remote_code=self.trust, **self.hub
+        )
+        files = find_checkpoint(self.path, variant=self.variant, **self.hub)
+        tensors = open_checkpoint(files.files, files.index)
+        model = load_lazily(model_class, config, tensors, dtype=self.dtype, seed=self.seed, **rest)
+        table = make_plan(model, self.mesh.size(), self.tp_plan, ep_size=self.ep_size)
+        apply_plan(model, table, self.mesh, _reader(table, self.mesh), ShardedModel.for_model(model))
+        if self.generation_config is not None:
+            model.generation_config = self.generation_config
+        else:
+            attach_generation_config(model, self.path, **self.hub)
+        model.config.name_or_path = self.path
+        _check_loaded(model)
+        return model
+
+    def _config(self) -> tuple[PreTrainedConfig, dict[str, Any]]:
+        """The config, and the keywords that it left over."""
+        given = self.keywords.pop("config", None)
+        if isinstance(given, PreTrainedConfig):
+            return given, self.keywords
+        kept = {name: self.keywords.pop(name) for name in _MODEL_KEYWORDS if name in self.keywords}
+        config, rest = AutoConfig.from_pretrained(
+            given or self.path, return_unused_kwargs=True, trust_remote_code=self.trust, **self.hub, **self.keywords
+        )
+        return config, {**rest, **kept}
 
 
 def _reader(table: Plan, mesh: DeviceMesh) -> Callable[[ShardSpec, Tensor], Tensor]:
@@ -166,7 +182,9 @@ def _reader(table: Plan, mesh: DeviceMesh) -> Callable[[ShardSpec, Tensor], Tens
 
 
 def read_shard(row: ShardSpec, tensor: Tensor, rank: int, size: int) -> Tensor:
-    """`rank`'s shard of a lazy (or real) tensor at full shape: a new CPU tensor of the row's dtype; only its own ranges are read."""
+    """`rank`'s shard of a lazy (or real) tensor at full shape: a new CPU tensor of the row's dtype; only its own ranges are
+    read.
+    """
     if not isinstance(tensor, LazyTensor):
         return row.layout.shard(tensor.detach(), rank, size) if row.sharded else tensor.detach()
     full = tuple((0, length) for length in row.shape)

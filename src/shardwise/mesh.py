@@ -25,7 +25,8 @@ def tp_mesh(tp_size: int | None = None, device_mesh: DeviceMesh | None = None) -
     """The one-dimensional mesh of the tp axis, or None where there is only one process.
 
     Args:
-        tp_size: ranks on the axis; by default all of them. With fewer, neighbouring ranks form an axis, and the rest is data parallel.
+        tp_size: ranks on the axis; by default all of them. With fewer, neighbouring ranks form an axis, and the rest is data
+            parallel.
         device_mesh: a mesh of the caller's: its axis named `"tp"`, or its only axis.
 
     Starts the default process group when nobody has and torchrun's variables are set (nccl on GPUs, gloo on CPUs).
@@ -36,7 +37,8 @@ def tp_mesh(tp_size: int | None = None, device_mesh: DeviceMesh | None = None) -
         return _given_axis(device_mesh, tp_size)
     if not dist.is_initialized():
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-            return _single_process(tp_size)
+            _check_single_process(tp_size)
+            return None
         _start_process_group()
     _settle_at_exit()
     world = dist.get_world_size()
@@ -73,13 +75,13 @@ def _settle_at_exit() -> None:
     """Let gloo's threads finish before the interpreter goes away, once a process.
 
     A gloo thread frees the tensors of a collective some microseconds after the main thread has its result. If Python is already
-    finalizing by then, that thread is unwound inside a destructor, and the process aborts with "terminate called without an active
-    exception" (torch 2.13: 21 of 32 runs of a script that ends right behind an all-reduce; with the pause, 0 of 24).
+    finalizing by then, that thread is unwound inside a destructor, and the process aborts with "terminate called without an
+    active exception" (torch 2.13: 21 of 32 runs of a script that ends right behind an all-reduce; with the pause, 0 of 24).
     """
     atexit.register(time.sleep, 0.1)
 
 
-def _single_process(tp_size: int | None) -> None:
+def _check_single_process(tp_size: int | None) -> None:
     if tp_size not in (None, 1):
         raise MeshError(
             describe(
@@ -96,7 +98,10 @@ def _given_axis(mesh: DeviceMesh, tp_size: int | None) -> DeviceMesh:
     names = mesh.mesh_dim_names or ()
     if mesh.ndim > 1 and TP_AXIS not in names:
         raise MeshError(
-            f"device_mesh has the axes {names or mesh.shape} and none is named {TP_AXIS!r}: name it, or pass the one-dimensional sub-mesh."
+            describe(
+                f"device_mesh has the axes {names or mesh.shape}, and none is named {TP_AXIS!r}.",
+                either=[f"name the axis {TP_AXIS!r} (mesh_dim_names), or", "pass the one-dimensional sub-mesh"],
+            )
         )
     axis = mesh[TP_AXIS] if mesh.ndim > 1 else mesh
     if tp_size not in (None, axis.size()):
@@ -107,7 +112,9 @@ def _given_axis(mesh: DeviceMesh, tp_size: int | None) -> DeviceMesh:
 
 
 def is_first_replica(mesh: DeviceMesh) -> bool:
-    """Whether this rank's tp axis is the first of those that hold the same model (of a mesh with a data-parallel axis); the others needn't write."""
+    """Whether this rank's tp axis is the first of those that hold the same model (of a mesh with a data-parallel axis); the
+    others needn't write.
+    """
     root = mesh._get_root_mesh()
     coordinate = root.get_coordinate()
     if root is mesh or coordinate is None:

@@ -1,4 +1,6 @@
-"""What a parallel transformers model does differently itself: it saves collectively, and generates the same tokens on every rank."""
+"""What a parallel transformers model does differently itself: it saves collectively, and generates the same tokens on every
+rank.
+"""
 
 from __future__ import annotations
 

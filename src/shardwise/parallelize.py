@@ -69,7 +69,9 @@ def remove_plan(model: nn.Module, read: ReadShard) -> None:
 
 
 def state_of(model: nn.Module) -> ModelState | None:
-    """The table and the axis of a parallel model, also through the wrappers of DDP and torch.compile; None of an ordinary one."""
+    """The table and the axis of a parallel model, also through the wrappers of DDP and torch.compile; None of an ordinary
+    one.
+    """
     for attribute in ("_orig_mod", "module"):
         if _STATE not in model.__dict__ and attribute in model._modules:
             inner = model._modules[attribute]
@@ -102,7 +104,7 @@ def _replace_tensors(model: nn.Module, plan: Plan, read: ReadShard) -> None:
         for name in (row.name, *row.aliases):
             owner, _, child = name.rpartition(".")
             group = model.get_submodule(owner)
-            (group._buffers if row.buffer else group._parameters)[child] = new  # type: ignore[index,assignment]
+            (group._buffers if row.buffer else group._parameters)[child] = new  # type: ignore[assignment]
 
 
 def _parallelize_module(module: nn.Module, row: ModuleSpec, plan: Plan, mesh: DeviceMesh, region: Region | None) -> None:

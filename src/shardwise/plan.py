@@ -81,10 +81,9 @@ class Plan:
                 f"{row.layout}{', gradient summed' if row.partial else ''}",
             )
         console.print(table)
-        fullest = max(self.local_bytes(rank) for rank in range(self.size))
-        console.print(
-            f"{fullest / 2**20:.2f} MiB on the fullest rank, of {self.full_bytes / 2**20:.2f} MiB: {fullest * self.size / max(self.full_bytes, 1):.3f} x 1/{self.size}"
-        )
+        fullest, full = max(self.local_bytes(rank) for rank in range(self.size)), self.full_bytes
+        share = f"{fullest * self.size / max(full, 1):.3f} x 1/{self.size}"
+        console.print(f"{fullest / 2**20:.2f} MiB on the fullest rank, of {full / 2**20:.2f} MiB: {share}")
         return console
 
     def _families(self) -> dict[str, list[ShardSpec]]:

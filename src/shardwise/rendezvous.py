@@ -32,9 +32,10 @@ def meet(mesh: DeviceMesh, what: str, timeout: float = DEFAULT_TIMEOUT) -> None:
     while missing := [rank for rank in missing if store.add(f"{prefix}/{rank}", 0) < turn]:
         if time.monotonic() > deadline:
             store.add(f"{prefix}/{dist.get_rank()}", -1)
+            absent = ", ".join(map(str, missing))
             raise MissingRankError(
                 describe(
-                    f"{what}: after {timeout:g} s, rank {', '.join(map(str, missing))} had not called it; rank {dist.get_rank()} had.",
+                    f"{what}: after {timeout:g} s, rank {absent} had not called it; rank {dist.get_rank()} had.",
                     why="each rank holds a part of the model, so every rank must make this call",
                     either=["take it out of `if rank == 0:`, or", "if a rank is only late, give it more time: timeout=..."],
                 )

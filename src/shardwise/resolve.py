@@ -1,4 +1,6 @@
-"""From rules to the table: find what each rule means, check that it can be done, and say so before anything is read or changed."""
+"""From rules to the table: find what each rule means, check that it can be done, and say so before anything is read or
+changed.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,8 @@ from shardwise.spec import ModuleSpec, Rule, ShardSpec
 def resolve(model: nn.Module, rules: Sequence[Rule], size: int) -> Plan:
     """The plan for `model` (its parameters may be on meta) on `size` ranks; of several rules for one target the last one holds.
 
-    Raises `PlanError` for a rule of the user's that matches nothing, a style that does not exist or can't be applied, and a size that
-    can't be cut.
+    Raises `PlanError` for a rule of the user's that matches nothing, a style that does not exist or can't be applied, and a
+    size that can't be cut.
     """
     resolver = _Resolver(model, size)
     resolver.assign(rules)
@@ -95,9 +97,10 @@ class _Resolver:
     def _row(self, name: str) -> ShardSpec:
         tensor = self.tensors.get(name, self.buffers.get(name))
         assert tensor is not None
-        parent, _, child = name.rpartition(".")
+        parent = name.rpartition(".")[0]
         rule = self.rules.get(name) or self.rules.get(parent)
-        layout, partial, shape = Replicated(), False, tuple(tensor.shape)
+        layout: Layout = Replicated()
+        partial, shape = False, tuple(tensor.shape)
         if rule is not None:
             style = style_named(rule.style, str(rule))
             if name not in self.rules and (problem := style.refuses(self.modules[parent])):
@@ -116,13 +119,14 @@ class _Resolver:
         shape = tuple(tensor.shape)
         owner = name.rpartition(".")[0]
         transposed = stores_transposed(self.modules[owner]) and name not in self.rules
-        target, heads = self._heads_for(owner if name not in self.rules else name)
+        target = (owner if name not in self.rules else name).rpartition(".")
+        heads = heads_of(self.modules[target[0]])
         plain = style.layout(shape, Cut(transposed=transposed))
         cut = rule.cut
         if cut is None and heads is not None and (where := plain.cut(shape)) is not None and _ends_at_heads(style):
             if problem := heads.problem(self.size):
                 raise _heads_problem(owner, problem, rule, heads, self.size)
-            cut = _head_cut(heads, target, shape[where[0]], self.size)
+            cut = _head_cut(heads, target[2], shape[where[0]], self.size)
         layout = style.layout(shape, replace(cut, transposed=transposed)) if cut is not None else plain
         if problem := layout.problem(shape, self.size):
             raise PlanError(
@@ -133,10 +137,6 @@ class _Resolver:
                 )
             )
         return layout
-
-    def _heads_for(self, name: str) -> tuple[str, Heads | None]:
-        parent, _, child = name.rpartition(".")
-        return child, heads_of(self.modules[parent])
 
     def _check_ties(self, rows: list[ShardSpec]) -> None:
         for other in rows[1:]:

@@ -1,4 +1,6 @@
-"""Write the ordinary Hugging Face checkpoint from the shards: gathered, converted back and streamed to disk tensor by tensor."""
+"""Write the ordinary Hugging Face checkpoint from the shards: gathered, converted back and streamed to disk tensor by
+tensor.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,6 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,8 +41,8 @@ def save_pretrained(
 ) -> None:
     """Save a parallel model as transformers would save the ordinary one: the same names, bytes, config and index. Collective.
 
-    Tensor by tensor, so that no rank ever holds more than its shards and one full tensor, and all at once: a crash at any moment
-    leaves the earlier checkpoint in the directory whole.
+    Tensor by tensor, so that no rank ever holds more than its shards and one full tensor, and all at once: a crash at any
+    moment leaves the earlier checkpoint in the directory whole.
 
     Args:
         model: a parallel model, on every rank of its tp axis.

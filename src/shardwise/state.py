@@ -20,14 +20,15 @@ if TYPE_CHECKING:
 def full_state_dict(model: nn.Module) -> dict[str, Tensor] | None:
     """The state dict of the ordinary model: full tensors on the CPU of the tp axis's first rank, None on the others.
 
-    Collective: every rank of the axis must call it; raises `MissingRankError` when one does not. Tied parameters stand under each of their names, as one tensor; buffers that are
-    not persistent are left out, as `nn.Module.state_dict` does.
+    Collective: every rank of the axis must call it; raises `MissingRankError` when one does not. Tied parameters stand under
+    each of their names, as one tensor; buffers that are not persistent are left out, as `nn.Module.state_dict` does.
     """
     return _collect(model, "full_state_dict", lambda row, tensor: tensor, model.state_dict(keep_vars=True))
 
 
 def full_gradients(model: nn.Module) -> dict[str, Tensor] | None:
-    """The gradients of the ordinary model by parameter name, as `full_state_dict` gives the parameters; those without are left out.
+    """The gradients of the ordinary model by parameter name, as `full_state_dict` gives the parameters; those without are
+    left out.
 
     Collective: every rank of the axis must call it, with gradients for the same parameters.
     """
@@ -37,7 +38,9 @@ def full_gradients(model: nn.Module) -> dict[str, Tensor] | None:
 
 
 def gather_full(row: ShardSpec, local: Tensor, mesh: DeviceMesh) -> Tensor:
-    """The full tensor of `row` on every rank, from each rank's `local`. Collective. Shape: `row.shape`; dtype and device of `local`."""
+    """The full tensor of `row` on every rank, from each rank's `local`. Collective. Shape: `row.shape`; dtype and device of
+    `local`.
+    """
     if not row.sharded:
         return local
     rank, size = mesh.get_local_rank(), mesh.size()
@@ -52,7 +55,8 @@ def gather_full(row: ShardSpec, local: Tensor, mesh: DeviceMesh) -> Tensor:
 def gather_to_first(
     row: ShardSpec, local: Tensor, mesh: DeviceMesh, box: tuple[tuple[int, int], ...] | None = None
 ) -> Tensor | None:
-    """The full tensor of `row`, or the `box` of it (a half-open range for each dim), on the first rank; None on the others. Collective.
+    """The full tensor of `row`, or the `box` of it (a half-open range for each dim), on the first rank; None on the others.
+    Collective.
 
     Each range is sent once, by the first rank that holds it, so the first rank needs room for the result and one piece.
     """

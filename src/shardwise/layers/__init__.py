@@ -6,7 +6,8 @@
 | `colwise_gather_output` (`colwise_rep`), `rowwise_split_input` (`rowwise_rep`) | `ColwiseGatherOutput`, `RowwiseSplitInput` |
 | `packed_colwise`, `packed_rowwise` | `PackedColwiseParallel`, `PackedRowwiseParallel` |
 | `embedding_rowwise`, `embedding_colwise` | `EmbeddingRowwise`, `EmbeddingColwise` |
-| `replicate`, `replicated_with_grad_allreduce`, `local_params`, `all_reduce` | `Replicate`, `ReplicatedWithGradAllReduce`, ... |
+| `replicate`, `replicated_with_grad_allreduce` | `Replicate`, `ReplicatedWithGradAllReduce` |
+| `local_params`, `all_reduce` | `LocalParamsParallel`, `AllReduceParallel` |
 | `sequence_parallel`, `mla_kv_a_proj` | `SequenceParallel`, `MlaKvAProjParallel` |
 | `moe_tp_experts`, `moe_identity_expert`, `grouped_gemm`, `ep_router`, `ep_dispatch_experts` | `MoeExpertsParallel`, ... |
 """

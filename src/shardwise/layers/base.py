@@ -1,13 +1,12 @@
 """What every parallel style is: a class mixed in front of a module's own, and the layouts that its parameters get.
 
-A module becomes parallel by having its class assigned, `module.__class__ = parallel_class(style, type(module))`, as FSDP2 does: no
-hooks, no wrappers, no replaced `forward`. So state-dict keys stay, `deepcopy` and `pickle` work, our line stands in the traceback,
-and undoing it is one assignment.
+A module becomes parallel by having its class assigned, `module.__class__ = parallel_class(style, type(module))`, as FSDP2
+does: no hooks, no wrappers, no replaced `forward`. So state-dict keys stay, `deepcopy` and `pickle` work, our line stands in
+the traceback, and undoing it is one assignment.
 """
 
 from __future__ import annotations
 
-import copyreg
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -67,7 +66,8 @@ class Local:
 
 
 class LocalConfig:
-    """A view of a model's config in which some numbers are local, for a module whose code reads them there (`config.num_attention_heads`).
+    """A view of a model's config in which some numbers are local, for a module whose code reads them there
+    (`config.num_attention_heads`).
 
     Everything else is read from the shared config at the time of reading, so that a later `set_attn_implementation` is seen.
     """
@@ -90,7 +90,8 @@ class ShardState:
         layouts: layout and full shape by name, for each parameter and buffer of this module that has a row in the plan.
         transposed: the weight is kept as (in, out).
         options: what the plan says to the style besides (the rotary dims of a latent projection, ...).
-        region: what the module shares with its siblings between a column-wise and a row-wise layer; None where there is nothing to share.
+        region: what the module shares with its siblings between a column-wise and a row-wise layer; None where there is
+            nothing to share.
         restore: attributes as they were before, for the way back.
 
     `sizes` has the ranks' lengths along each parameter's cut dim.
@@ -123,8 +124,8 @@ class ShardState:
 class ParallelStyle(nn.Module):
     """Base of the styles. A subclass overrides `forward` and says how the module's parameters lie.
 
-    `shardwise.register_style("mine", MyStyle)` makes a style available to plans under a name. The class is mixed in front of the
-    module's own, so `super().forward(...)` is the module's own forward, on local parameters.
+    `shardwise.register_style("mine", MyStyle)` makes a style available to plans under a name. The class is mixed in front of
+    the module's own, so `super().forward(...)` is the module's own forward, on local parameters.
     """
 
     prefix: ClassVar[str] = "Parallel"
@@ -158,29 +159,37 @@ class ParallelStyle(nn.Module):
         return f"{own}, tp={self._tp.mesh.size()}" if own else f"tp={self._tp.mesh.size()}"
 
 
-@cache
+Recipe = tuple[type[ParallelStyle], type[nn.Module], tuple[str, ...]]
+
+
 def parallel_class(style: type[ParallelStyle], base: type[nn.Module], summed: tuple[str, ...] = ()) -> type[nn.Module]:
-    """The class of a `base` module under `style`; the same object for the same arguments (torch.compile would recompile otherwise).
+    """The class of a `base` module under `style`: the same object for the same arguments, or torch.compile would recompile.
 
     Args:
         style: what to mix in front.
         base: the module's own class.
         summed: parameters of which each rank's gradient is a part: reading one gives a value whose gradient is summed.
     """
+    return _make_class((style, base, summed))
+
+
+@cache
+def _make_class(recipe: Recipe) -> type[nn.Module]:
+    style, base, summed = recipe
     namespace: dict[str, object] = {name: _summed_parameter(name) for name in summed}
-    namespace |= {"__module__": base.__module__, "_parallel": (style, base, summed), "__reduce_ex__": _reduce_parallel}
+    namespace |= {"__module__": base.__module__, "_recipe": recipe, "__reduce_ex__": _reduce_parallel}
     return type(f"{style.prefix}{base.__name__}", (style, base), namespace)
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
     """The class that `module` had before it became parallel."""
-    base: type[nn.Module] = module._parallel[1] if is_parallel(module) else type(module)
-    return base
+    recipe: Recipe | None = vars(type(module)).get("_recipe")
+    return type(module) if recipe is None else recipe[1]
 
 
 def is_parallel(module: nn.Module) -> bool:
     """Whether `module` had its class assigned by us."""
-    return "_parallel" in vars(type(module))
+    return "_recipe" in vars(type(module))
 
 
 def _summed_parameter(name: str) -> property:
@@ -194,9 +203,10 @@ def _summed_parameter(name: str) -> property:
 def sum_gradient(parameter: Tensor, layout: Layout, shape: Shape, mesh: DeviceMesh) -> Tensor:
     """`parameter`, such that what each backward adds to its gradient is summed over the ranks that hold the same values.
 
-    The *contribution* is summed, not the accumulated `.grad`: that would add earlier micro-batches `size` times. A parameter that is kept
-    whole goes through `copy_to_tp`; of a partly replicated one (KV heads shared by ranks) the replicated pieces are put at their place
-    in a zero tensor of the full length first, so that a sum over all ranks is one over the holders. Shapes: as `parameter`.
+    The *contribution* is summed, not the accumulated `.grad`: that would add earlier micro-batches `size` times. A parameter
+    that is kept whole goes through `copy_to_tp`; of a partly replicated one (KV heads shared by ranks) the replicated pieces
+    are put at their place in a zero tensor of the full length first, so that a sum over all ranks is one over the holders.
+    Shapes: as `parameter`.
     """
     if not (parameter.requires_grad and torch.is_grad_enabled()):
         return parameter
@@ -217,10 +227,9 @@ def _sum_piece(part: Tensor, dim: int, full: slice, length: int, mesh: DeviceMes
 
 
 def _reduce_parallel(module: nn.Module, protocol: int) -> tuple[object, ...]:
-    style, base, summed = module._parallel
-    return _rebuild, (style, base, summed), module.__dict__
+    return _rebuild, vars(type(module))["_recipe"], module.__dict__
 
 
 def _rebuild(style: type[ParallelStyle], base: type[nn.Module], summed: tuple[str, ...]) -> nn.Module:
-    built: nn.Module = copyreg.__newobj__(parallel_class(style, base, summed))  # type: ignore[attr-defined]
-    return built
+    kind = parallel_class(style, base, summed)
+    return kind.__new__(kind)

@@ -65,7 +65,9 @@ class EmbeddingRowwise(EmbeddingStyle):
 
 
 class EmbeddingColwise(EmbeddingStyle):
-    """The features split: each rank looks up its slice of every row, and the slices are gathered.  ids (...) I -> (..., features) I."""
+    """The features split: each rank looks up its slice of every row, and the slices are gathered.  ids (...) I -> (...,
+    features) I.
+    """
 
     prefix = "FeatureParallel"
 

@@ -1,8 +1,9 @@
-"""Mixture-of-experts modules: every expert split over the ranks (tensor parallel), or every rank some experts (expert parallel).
+"""Mixture-of-experts modules: every expert split over the ranks (tensor parallel), or every rank some experts (expert
+parallel).
 
-The experts' forward takes (hidden states (tokens, features), expert ids (tokens, k), routing weights (tokens, k)). Hidden states and
-routing weights enter as R: each rank sees only its part of what follows, so both gradients are summed in backward, the router's through
-the routing weights. The output is a part on every rank, and summed.
+The experts' forward takes (hidden states (tokens, features), expert ids (tokens, k), routing weights (tokens, k)). Hidden
+states and routing weights enter as R: each rank sees only its part of what follows, so both gradients are summed in backward,
+the router's through the routing weights. The output is a part on every rank, and summed.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ class MoeExpertsParallel(ParallelStyle):
 
 
 class MoeIdentityExpert(ParallelStyle):
-    """An expert that returns its input, inside experts whose outputs are summed: only the first rank contributes.  X R -> X P."""
+    """An expert that returns its input, inside experts whose outputs are summed: only the first rank contributes.  X R -> X
+    P.
+    """
 
     prefix = "Identity"
 

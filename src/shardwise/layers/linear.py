@@ -77,7 +77,9 @@ class ColwiseGatherOutput(ColwiseParallel):
 
 
 class RowwiseParallel(LinearStyle):
-    """Y = X Aᵀ + b with the columns of A split.  X (..., in/tp) S(-1) -> Y (..., out) I. The bias is added once, after the sum."""
+    """Y = X Aᵀ + b with the columns of A split.  X (..., in/tp) S(-1) -> Y (..., out) I. The bias is added once, after the
+    sum.
+    """
 
     prefix = "Rowwise"
     closes_region = True
@@ -95,13 +97,14 @@ class RowwiseParallel(LinearStyle):
 
     def forward(self, input: Tensor) -> Tensor:
         self._tp.leave()
-        bias = self._parameters.get("bias")
+        weight, bias = self._parameters["weight"], self._parameters.get("bias")
+        assert weight is not None
         if self._tp.transposed:
-            partial = torch.matmul(input, self.weight)
+            partial = torch.matmul(input, weight)
         else:
-            partial = linear(input, self.weight) if bias is not None else super().forward(input)
+            partial = linear(input, weight) if bias is not None else super().forward(input)
         output = reduce_from_tp(partial, self._tp.mesh)
-        return output if bias is None else output + self.bias
+        return output if bias is None else output + bias
 
 
 class RowwiseSplitInput(RowwiseParallel):
@@ -114,7 +117,9 @@ class RowwiseSplitInput(RowwiseParallel):
 
 
 class PackedColwiseParallel(ColwiseParallel):
-    """`ColwiseParallel` of a weight in which two matrices are fused (gate | up): each is cut on its own, so each rank gets a pair."""
+    """`ColwiseParallel` of a weight in which two matrices are fused (gate | up): each is cut on its own, so each rank gets a
+    pair.
+    """
 
     prefix = "PackedColwise"
 

@@ -1,4 +1,6 @@
-"""What happens between a column-wise and a row-wise layer of one module, where activations are local: one input copy, one random stream."""
+"""What happens between a column-wise and a row-wise layer of one module, where activations are local: one input copy, one
+random stream.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +18,14 @@ if TYPE_CHECKING:
 class Region:
     """The parallel region of one module: opened by its column-wise children, closed by its row-wise one.
 
-    One `copy_to_tp` for all siblings that read the same tensor: q, k and v read one, gate and up another. The first sibling that sees it
-    makes the copy, the others reuse it when they get the very same object, so autograd adds their gradients and one all-reduce carries
-    the sum. One activation is held at most, until the region is closed.
+    One `copy_to_tp` for all siblings that read the same tensor: q, k and v read one, gate and up another. The first sibling
+    that sees it makes the copy, the others reuse it when they get the very same object, so autograd adds their gradients and
+    one all-reduce carries the sum. One activation is held at most, until the region is closed.
 
-    With `local_dropout` the region has a random stream of its own on each rank, as its dropout masks lie on local heads or features
-    and must differ, while masks outside must agree (Megatron-LM, arXiv:1909.08053, section 3). The stream's seed is drawn from the common
-    one, so that recomputing under activation checkpointing draws the same masks. Under torch.compile the ranks keep the common stream:
-    their masks are valid each, and alike.
+    With `local_dropout` the region has a random stream of its own on each rank, as its dropout masks lie on local heads or
+    features and must differ, while masks outside must agree (Megatron-LM, arXiv:1909.08053, section 3). The stream's seed is
+    drawn from the common one, so that recomputing under activation checkpointing draws the same masks. Under torch.compile the
+    ranks keep the common stream: their masks are valid each, and alike.
     """
 
     def __init__(self, local_dropout: bool = False) -> None:

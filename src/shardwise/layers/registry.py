@@ -15,7 +15,8 @@ def register_style(name: str, style: type[ParallelStyle]) -> None:
 
     Raises `PlanError` when the name belongs to another style.
     """
-    if not (isinstance(style, type) and issubclass(style, ParallelStyle)):
+    kind: object = style
+    if not (isinstance(kind, type) and issubclass(kind, ParallelStyle)):
         raise PlanError(f"register_style({name!r}): a subclass of shardwise.ParallelStyle is needed, this is {style!r}.")
     taken = STYLES.get(name) or _registered.get(name)
     if taken is not None and taken is not style:

@@ -35,7 +35,8 @@ class ReplicatedWithGradAllReduce(Replicate):
 
 
 class SequenceParallel(Replicate):
-    """A position-wise module (a norm, a dropout) run on this rank's slice of the sequence.  X (batch, sequence, ...) I -> the same, I.
+    """A position-wise module (a norm, a dropout) run on this rank's slice of the sequence.  X (batch, sequence, ...) I -> the
+    same, I.
 
     Its activations take 1/tp of the memory; its whole parameters see 1/tp of the positions, so their gradients are summed.
     Korthikanti et al. 2022, arXiv:2205.05198.
@@ -51,7 +52,9 @@ class SequenceParallel(Replicate):
 
 
 class AllReduceParallel(Replicate):
-    """A module whose output is a part on each rank: the parts are summed.  Its own output P -> I; of several outputs, the first."""
+    """A module whose output is a part on each rank: the parts are summed.  Its own output P -> I; of several outputs, the
+    first.
+    """
 
     prefix = "AllReduce"
 
@@ -67,8 +70,9 @@ class AllReduceParallel(Replicate):
 class MlaKvAProjParallel(Replicate):
     """The latent projection of multi-head latent attention.  X (..., in) I -> (..., latent I | rotary R).
 
-    The latent part goes on to `kv_b_proj`, which sums its gradient itself; the rotary part is read by this rank's heads alone, so its
-    gradient is summed here. Option `rotary`: how many of the last features are rotary. DeepSeek-V2, arXiv:2405.04434.
+    The latent part goes on to `kv_b_proj`, which sums its gradient itself; the rotary part is read by this rank's heads
+    alone, so its gradient is summed here. Option `rotary`: how many of the last features are rotary. DeepSeek-V2,
+    arXiv:2405.04434.
     """
 
     prefix = "MlaKvA"
@@ -87,9 +91,8 @@ class MlaKvAProjParallel(Replicate):
             rotary = getattr(holder, "qk_rope_head_dim", None)
             if isinstance(rotary, int):
                 return {"rotary": rotary}
-        raise PlanError(
-            f"mla_kv_a_proj: neither {type(parent).__name__} nor its config says how many features are rotary (qk_rope_head_dim)."
-        )
+        kind = type(parent).__name__
+        raise PlanError(f"mla_kv_a_proj: neither {kind} nor its config says how many features are rotary (qk_rope_head_dim).")
 
     def forward(self, input: Tensor) -> Tensor:
         output: Tensor = super().forward(input)

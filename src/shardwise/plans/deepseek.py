@@ -1,6 +1,7 @@
 """DeepSeek-V3: multi-head latent attention, which transformers' plan leaves whole (a quarter of a small model's parameters).
 
-The latent projections are small and read by all heads, so they stay whole; what expands the latents to heads is cut between heads.
+The latent projections are small and read by all heads, so they stay whole; what expands the latents to heads is cut between
+heads.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Phi-3: fused qkv and gate_up projections.
 
-transformers' plan computes both projections column-wise, gathers the outputs and computes attention and activation whole on every
-rank. Cut block by block (q | k | v, gate | up) nothing has to be gathered, and attention runs on local heads.
+transformers' plan computes both projections column-wise, gathers the outputs and computes attention and activation whole on
+every rank. Cut block by block (q | k | v, gate | up) nothing has to be gathered, and attention runs on local heads.
 """
 
 from __future__ import annotations

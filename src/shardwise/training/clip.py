@@ -23,8 +23,8 @@ def clip_grad_norm_(
 ) -> Tensor:
     """As `torch.nn.utils.clip_grad_norm_`, for a model that lies on several ranks. Collective.
 
-    Each element of the full gradient counts once: of a parameter that every rank keeps only one rank's gradient is counted, of KV heads
-    that some ranks share one of these ranks'. Every rank scales by the same number.
+    Each element of the full gradient counts once: of a parameter that every rank keeps only one rank's gradient is counted,
+    of KV heads that some ranks share one of these ranks'. Every rank scales by the same number.
 
     Args:
         model: a parallel model (an ordinary one is clipped by torch's own function).
