@@ -35,6 +35,10 @@ if TYPE_CHECKING:
 
 Sizes = tuple[int, ...]
 
+# Renamed in torch 2.13, where the old names warn.
+_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def copy_to_tp(x: Tensor, mesh: DeviceMesh) -> Tensor:
     """I -> R: `x` as it is; backward sums the ranks' partial gradients (Megatron's f).
@@ -55,7 +59,9 @@ def reduce_from_tp(x: Tensor, mesh: DeviceMesh) -> Tensor:
     if _needs_grad(x):
         total: Tensor = ReduceFromTP.apply(x, mesh)
         return total
-    x = x.contiguous()
+    # A view shares its memory, and a parameter is a leaf here too (no_grad): neither is the caller's to give away.
+    kept = x.requires_grad or (not torch.compiler.is_compiling() and x._is_view())
+    x = x.clone(memory_format=torch.contiguous_format) if kept else x.contiguous()
     dist.all_reduce(x, group=mesh.get_group())
     return x
 
@@ -224,7 +230,7 @@ def _all_gather(x: Tensor, mesh: DeviceMesh, dim: int, sizes: Sizes) -> Tensor:
         x = pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, longest - x.shape[dim]))
     x = x.contiguous()
     stacked = x.new_empty(len(sizes) * x.shape[0], *x.shape[1:]) if x.dim() else x.new_empty(len(sizes))
-    dist.all_gather_into_tensor(stacked, x, group=mesh.get_group())
+    _gather_into(stacked, x, group=mesh.get_group())
     if min(sizes) == longest:
         return stacked if dim == 0 else stacked.unflatten(0, (len(sizes), -1)).movedim(0, dim).flatten(dim, dim + 1)
     parts = stacked.unflatten(0, (len(sizes), -1)).unbind(0)
@@ -240,7 +246,7 @@ def _reduce_scatter(x: Tensor, mesh: DeviceMesh, dim: int, sizes: Sizes) -> Tens
         parts = [pad(part, (*fill, 0, longest - part.shape[dim])) for part in parts]
     stacked = torch.cat(parts, 0) if dim else torch.cat(parts, 0).contiguous()
     mine = x.new_empty(parts[0].shape)
-    dist.reduce_scatter_tensor(mine, stacked, group=mesh.get_group())
+    _reduce_scatter_into(mine, stacked, group=mesh.get_group())
     length = sizes[mesh.get_local_rank()]
     return mine if length == longest else mine.narrow(dim, 0, length).contiguous()
 

@@ -30,6 +30,7 @@ from shardwise.spec import ShardSpec
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+    from transformers import PreTrainedModel
 
 _HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 _MODEL_KEYWORDS = ("attn_implementation", "experts_implementation", "key_mapping", "ignore_mismatched_sizes")

@@ -42,7 +42,8 @@ def first_difference(values: Tensor, mesh: DeviceMesh) -> int | None:
     device = "cpu" if mesh.device_type == "cpu" else torch.device(mesh.device_type, torch.accelerator.current_device_index())
     mine = values.to(device)
     everyone = mine.new_empty(mesh.size() * len(mine))
-    dist.all_gather_into_tensor(everyone, mine, group=mesh.get_group())
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
+    gather(everyone, mine, group=mesh.get_group())
     rows = everyone.view(mesh.size(), -1).cpu()
     return next((rank for rank in range(1, mesh.size()) if not torch.equal(rows[rank], rows[0])), None)
 
