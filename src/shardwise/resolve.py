@@ -13,7 +13,7 @@ from torch import nn
 
 from shardwise.errors import PlanError, describe
 from shardwise.heads import Heads, heads_of, runs_over_kv
-from shardwise.layers import Cut, Local, ParallelStyle, Replicate, stores_transposed
+from shardwise.layers import Cut, Local, LocalParamsParallel, ParallelStyle, stores_transposed
 from shardwise.layers.linear import ColwiseGatherOutput, LinearStyle, RowwiseSplitInput
 from shardwise.layers.registry import style_named
 from shardwise.layout import Layout, Replicated
@@ -83,7 +83,7 @@ class _Resolver:
         for name, module in self.modules.items():
             rule = self.rules.get(name)
             own = {child: by_name[_join(name, child)] for child in _direct(module)}
-            style = style_named(rule.style, str(rule)) if rule else Replicate
+            style = style_named(rule.style, str(rule)) if rule else LocalParamsParallel
             attributes = self._attributes(name, module, style, own)
             summed = any(row.partial or _shares(row, self.size) for row in own.values())
             if rule is None and not attributes and not summed:

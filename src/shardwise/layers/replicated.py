@@ -19,9 +19,11 @@ class Replicate(ParallelStyle):
 
 
 class LocalParamsParallel(Replicate):
-    """The owner of bare parameters that have rules of their own (attention sinks): its forward runs on their local shards."""
+    """A module whose own forward runs on local shards: the owner of bare parameters that are cut (attention sinks), or of numbers
+    that became local (heads on this rank).
+    """
 
-    prefix = "LocalParams"
+    prefix = "Local"
 
 
 class ReplicatedWithGradAllReduce(Replicate):
