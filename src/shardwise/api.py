@@ -15,7 +15,7 @@ from shardwise.mesh import local_device, tp_mesh
 from shardwise.model import ShardedModel
 from shardwise.parallelize import apply_plan, remove_plan, required_state
 from shardwise.plan import Plan
-from shardwise.rendezvous import meet
+from shardwise.rendezvous import START_TIMEOUT, meet
 from shardwise.replicas import check_same_weights
 from shardwise.resolve import resolve
 from shardwise.spec import Rule, ShardSpec
@@ -75,6 +75,7 @@ def parallelize(
     if axis is None or axis.size() == 1:
         return model
     table = make_plan(model, axis.size(), plan, ep_size=ep_size)
+    meet(axis, "parallelize", START_TIMEOUT)
     check_same_weights(model, axis)
     device, rank = local_device(axis), axis.get_local_rank()
 

@@ -26,6 +26,7 @@ from shardwise.mesh import local_device, tp_mesh
 from shardwise.model import ShardedModel
 from shardwise.parallelize import apply_plan
 from shardwise.plan import Plan
+from shardwise.rendezvous import START_TIMEOUT, meet
 from shardwise.spec import ShardSpec
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ def from_pretrained(
                 either=["leave it out: each rank's shards go to its own device, or", "leave tp_plan out"],
             )
         )
+    meet(axis, "from_pretrained", START_TIMEOUT)
     request = _Request(auto_class, os.fspath(path_or_id), axis, tp_plan or "auto", ep_size, _shared_seed(axis), kwargs)
     model = _together(axis, request.load)
     same_random_state(axis)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from shardwise.errors import MeshError, describe
+from shardwise.rendezvous import START_TIMEOUT, meet_ranks
 
 TP_AXIS = "tp"
 
@@ -30,7 +31,8 @@ def tp_mesh(tp_size: int | None = None, device_mesh: DeviceMesh | None = None) -
         device_mesh: a mesh of the caller's: its axis named `"tp"`, or its only axis.
 
     Starts the default process group when nobody has and torchrun's variables are set (nccl on GPUs, gloo on CPUs).
-    Raises `MeshError` for sizes that the processes cannot form, and where tp_size > 1 is asked of a single process.
+    Raises `MeshError` for sizes that the processes cannot form, and where tp_size > 1 is asked of a single process;
+    `MissingRankError` when some process never comes.
     """
     if device_mesh is not None:
         _settle_at_exit()
@@ -48,6 +50,7 @@ def tp_mesh(tp_size: int | None = None, device_mesh: DeviceMesh | None = None) -
         raise MeshError(
             describe(f"{world} processes cannot form tensor-parallel groups of {size}.", either=[fix + ", or", "start more"])
         )
+    meet_ranks(range(world), "the start of a tensor-parallel mesh", START_TIMEOUT)
     return init_device_mesh(device_type(), (world // size, size), mesh_dim_names=("dp", TP_AXIS))[TP_AXIS]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from shardwise.errors import ShardwiseError, describe
 from shardwise.generation import same_random_state
 from shardwise.layers import ParallelStyle
 from shardwise.saving import save_pretrained
@@ -24,6 +25,23 @@ class ShardedModel(ParallelStyle):
     def for_model(cls, model: nn.Module) -> type[ShardedModel] | None:
         """The class to mix in, or None for a module that is no transformers model."""
         return cls if isinstance(model, PreTrainedModel) else None
+
+    @property
+    def tp_size(self) -> int:
+        """What transformers' Trainer asks before it sets up data parallelism.
+
+        Raises `ShardwiseError`: it would deal different batches to the ranks of one model, clip each by the norm of its own
+        shards, and save on one rank only.
+        """
+        raise ShardwiseError(
+            describe(
+                "transformers.Trainer cannot train a parallel model yet: it would clip each rank by its own shards' norm.",
+                either=[
+                    "train in a loop of your own: loss.backward(), shardwise.clip_grad_norm_(model, 1.0), optimizer.step(), or",
+                    "shardwise.unparallelize(model) first",
+                ],
+            )
+        )
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers' `generate`; the ranks sample with the first rank's random state. Collective."""

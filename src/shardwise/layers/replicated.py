@@ -19,8 +19,8 @@ class Replicate(ParallelStyle):
 
 
 class LocalParamsParallel(Replicate):
-    """A module whose own forward runs on local shards: the owner of bare parameters that are cut (attention sinks), or of numbers
-    that became local (heads on this rank).
+    """A module whose own forward runs on local shards: the owner of bare parameters that are cut (attention sinks), or of
+    numbers that became local (heads on this rank).
     """
 
     prefix = "Local"
