@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import time
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -159,42 +160,45 @@ def test_failure_on_every_rank_keeps_the_processes(pool2):
     """Guards: a pool that restarts after each expected error, or whose next results are those of the failed call."""
     before = pool2.run(_process)
     assert [rank for rank, _ in before] == [0, 1]
+    assert len({os.getpid(), *(pid for _, pid in before)}) == 3
     with pytest.raises(RankError, match=r"raised KeyError: 'on rank"):
         pool2.run(_fail_everywhere)
     assert pool2.run(_process) == before
 
 
-@pytest.mark.parametrize(
-    ("how", "kind", "message"),
-    [
-        ("raise", RankError, r"rank 1 of 2 raised ValueError: boom\n(.*\n)+.*in _fail"),
-        ("die", RankError, r"rank 1 of 2 died: its process ended with exit code 7"),
-        ("hang", RankTimeoutError, r"did not answer within 1 s\n(.*\n)*--- rank 1 ---\n(.*\n)*.*in _fail"),
-    ],
-)
-def test_failed_rank_is_named_not_its_echo(how, kind, message):
-    """Guards: the connection error of a healthy rank reported instead of the cause, and a pool that is broken from then on."""
+@pytest.fixture(scope="module")
+def broken() -> Iterator[RankPool]:
+    """A pool that each test leaves without processes, and in which the next one has to find new ones."""
     with RankPool(2, grace=0.3) as pool:
-        with pytest.raises(kind, match=message):
-            pool.run(_fail, how, timeout=60 if how != "hang" else 1)
-        if how == "raise":
-            assert [rank for rank, _ in pool.run(_process)] == [0, 1]
+        yield pool
 
 
-def test_ranks_out_of_step_are_an_error(pool2):
+def test_ranks_out_of_step_are_an_error(broken):
     """Guards: a rank that makes one collective call too many and returns, which makes a later, innocent test hang."""
     with pytest.raises(MismatchError, match="different numbers of collective calls"):
-        pool2.run(_one_more_call)
-    assert [rank for rank, _ in pool2.run(_process)] == [0, 1]
+        broken.run(_one_more_call)
+
+
+def test_rank_that_raises_is_named_though_the_others_wait(broken):
+    """Guards: a barrier that outlives the rank it waits for, until a timeout that says nothing about the cause."""
+    with pytest.raises(RankError, match=r"rank 1 of 2 raised ValueError: boom\n.*rank 0 did not finish\n(.*\n)+.*in _fail"):
+        broken.run(_fail, "raise")
+
+
+def test_rank_that_dies_is_named_not_its_echo(broken):
+    """Guards: the connection error of a healthy rank reported instead of the cause, and a wait for a process that is gone."""
+    with pytest.raises(RankError, match=r"rank 1 of 2 died: its process ended with exit code 7") as caught:
+        broken.run(_fail, "die")
+    assert caught.value.rank == 1
+
+
+def test_run_ranks_shows_where_ranks_hang():
+    """Guards: a timeout that does not say which rank stood where; and one that the start of the processes uses up."""
+    with pytest.raises(RankTimeoutError, match=r"did not answer within 1 s\n(.*\n)*--- rank 1 ---\n(.*\n)*.*in _fail"):
+        run_ranks(_fail, 2, "hang", timeout=1)
 
 
 def test_function_that_workers_cannot_import_is_refused(pool2):
     """Guards: an unpicklable function that is found out in the worker, or leaves the pool waiting for an answer."""
     with pytest.raises((AttributeError, TypeError, pickle.PicklingError), match="local object"):
         pool2.run(lambda: None)
-
-
-def test_run_ranks_in_one_process_per_rank():
-    """Guards: ranks that share a process, or the caller's."""
-    ids = [pid for _, pid in run_ranks(_process, 2)]
-    assert len({*ids, os.getpid()}) == 3
