@@ -28,7 +28,11 @@ class MoeExpertsParallel(ParallelStyle):
         mesh = self._tp.mesh
         args = tuple(_enter(value, mesh) for value in args)
         kwargs = {name: _enter(value, mesh) for name, value in kwargs.items()}
-        return _sum(super().forward(*args, **kwargs), mesh)
+        return _sum(self._local(*args, **kwargs), mesh, [*args, *kwargs.values(), *self._parameters.values()])
+
+    def _local(self, *args: Any, **kwargs: Any) -> Any:
+        """This rank's part of the output; all that is in `args` and `kwargs` is R."""
+        return super().forward(*args, **kwargs)
 
 
 class MoeIdentityExpert(ParallelStyle):
@@ -75,13 +79,13 @@ class EpDispatchExperts(MoeExpertsParallel):
         attributes: dict[str, int | None] = {"num_experts": local.shape(stacked)[0]}
         return attributes | ({"_is_expert_parallel": True} if hasattr(module, "_is_expert_parallel") else {})
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _local(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *args: Any, **kwargs: Any) -> Any:
         sizes = next(iter(self._tp.sizes.values()))
         rank = self._tp.mesh.get_local_rank()
         ids = top_k_index - sum(sizes[:rank])
         elsewhere = (ids < 0) | (ids >= sizes[rank])
         ids = ids.masked_fill(elsewhere, sizes[rank])
-        return super().forward(hidden_states, ids, top_k_weights.masked_fill(elsewhere, 0), *args, **kwargs)
+        return super()._local(hidden_states, ids, top_k_weights.masked_fill(elsewhere, 0), *args, **kwargs)
 
 
 class EpRouter(Replicate):
@@ -94,7 +98,11 @@ def _enter(value: Any, mesh: Any) -> Any:
     return copy_to_tp(value, mesh) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def _sum(output: Any, mesh: Any) -> Any:
+def _sum(output: Any, mesh: Any, inputs: list[Any]) -> Any:
     if isinstance(output, tuple):
-        return (_sum(output[0], mesh), *output[1:])
+        return (_sum(output[0], mesh, inputs), *output[1:])
+    if not output.requires_grad and torch.is_grad_enabled():
+        # No token came here, so there is no graph: yet backward has to join the others' sums, and give the weights zeros.
+        inputs = [value for value in inputs if isinstance(value, Tensor) and value.requires_grad]
+        output = sum((value.narrow(0, 0, 0).sum() for value in inputs), output)
     return reduce_from_tp(output, mesh)
