@@ -44,6 +44,8 @@ class EmbeddingRowwise(EmbeddingStyle):
     def refuses(cls, module: nn.Module) -> str | None:
         if getattr(module, "max_norm", None) is not None:
             return "an embedding with max_norm renormalises rows that other ranks hold"
+        if getattr(module, "scale_grad_by_freq", False):
+            return "an embedding with scale_grad_by_freq counts ids, and a rank sees only its own"
         return super().refuses(module)
 
     @classmethod
