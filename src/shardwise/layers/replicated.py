@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from shardwise.collectives import copy_to_tp, even_sizes, gather_from_tp, reduce_from_tp, scatter_to_tp
-from shardwise.errors import PlanError
-from shardwise.layers.base import ParallelStyle
+from shardwise.errors import PlanError, ShardwiseError, describe
+from shardwise.layers.base import ParallelStyle, original_class
 
 
 class Replicate(ParallelStyle):
@@ -48,6 +48,14 @@ class SequenceParallel(Replicate):
     gradient_is_partial = True
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if input.dim() < 3:
+            kind, shape = original_class(self).__name__, tuple(input.shape)
+            raise ShardwiseError(
+                describe(
+                    f"sequence_parallel: {kind} was given {shape}, and needs (batch, sequence, features).",
+                    either=["give it a batch dim, or", "the style replicate: it is computed on every rank"],
+                )
+            )
         sizes = even_sizes(input.shape[1], self._tp.mesh.size())
         local = super().forward(scatter_to_tp(input, self._tp.mesh, 1, sizes), *args, **kwargs)
         return gather_from_tp(local, self._tp.mesh, 1, sizes)
