@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from shardwise.errors import PlanError, ShardwiseError
+from shardwise.errors import PlanError, ShardwiseError, describe
 from shardwise.layers import LocalConfig, ParallelStyle, Region, ShardState, is_parallel, original_class, parallel_class
 from shardwise.plan import Plan
 from shardwise.spec import ModuleSpec, ShardSpec
@@ -45,6 +45,7 @@ def apply_plan(
         raise PlanError(f"{type(model).__name__} is parallel already: shardwise.unparallelize(model) first.")
     if plan.size != mesh.size():
         raise PlanError(f"The plan is for tp={plan.size}, and the mesh has {mesh.size()} ranks: make the plan for this size.")
+    _check_fits(model, plan)
     _replace_tensors(model, plan, read)
     regions: dict[str, Region] = {}
     for row in plan.modules:
@@ -89,6 +90,20 @@ def required_state(model: nn.Module) -> ModelState:
             f"{type(model).__name__} is not parallel: load it with tp_plan='auto', or call shardwise.parallelize(model, mesh)."
         )
     return state
+
+
+def _check_fits(model: nn.Module, plan: Plan) -> None:
+    found = {name: tuple(tensor.shape) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    planned = {row.name: row.shape for row in plan.tensors}
+    if found != planned:
+        name = next(iter(name for name in {**planned, **found} if planned.get(name) != found.get(name)))
+        raise PlanError(
+            describe(
+                f"The plan was made for another model: {name} is {planned.get(name, 'not there')} in the plan.",
+                model=f"{found.get(name, 'not there')} in the {type(model).__name__}",
+                either=["make the plan from this model or its config, or", 'plan="auto"'],
+            )
+        )
 
 
 def _replace_tensors(model: nn.Module, plan: Plan, read: ReadShard) -> None:

@@ -61,9 +61,7 @@ class _Resolver:
             if not hits and rule.source == "user":
                 raise _matches_nothing(rule, families)
             for name in hits:
-                known = self.rules.get(name)
-                merged = {**known.attributes, **rule.attributes} if known else rule.attributes
-                self.rules[name] = replace(rule, attributes=merged)
+                self.rules[name] = rule
 
     def rows(self) -> Iterator[ShardSpec]:
         """One row a tensor; names that are tied to one tensor share it."""
@@ -158,6 +156,9 @@ class _Resolver:
     ) -> dict[str, tuple[int | None, ...]]:
         rule = self.rules.get(name)
         found: dict[str, tuple[int | None, ...]] = dict(rule.attributes) if rule else {}
+        for child in module._modules:
+            if (below := self.rules.get(_join(name, child))) is not None:
+                found |= below.parent_attributes
         if rule is not None:
             layouts = {child: (row.layout, row.shape) for child, row in own.items()}
             ranks = [style.local_attributes(module, Local(layouts, rank, self.size)) for rank in range(self.size)]

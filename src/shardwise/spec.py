@@ -25,6 +25,7 @@ class Rule:
         source: who wrote it: the model's own plan, the user, or a correction of ours.
         cut: how to cut, where the style can't tell from the module (fused blocks).
         attributes: integers of the module (or, as "config.name", of its config) that become local, one value a rank.
+        parent_attributes: the same of the module's parent, whose code reads this module's output by them.
         reason: why the rule is there.
     """
 
@@ -33,6 +34,7 @@ class Rule:
     source: Source
     cut: Cut | None = None
     attributes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    parent_attributes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     reason: str = ""
 
     def matches(self, name: str) -> bool:

@@ -17,7 +17,10 @@ from shardwise.spec import Rule
 def rules(model: nn.Module, prefix: str, size: int) -> list[Rule]:
     """The corrections for a model whose decoder layers are `{prefix}layers.*`, on `size` ranks."""
     return [
-        rule for name, module in model.named_modules() if name.endswith(".self_attn") for rule in _attention(name, module, size)
+        rule
+        for name, module in model.named_modules()
+        if name.endswith(".self_attn")
+        for rule in _attention(prefix + name, module, size)
     ] + [
         Rule(f"{prefix}layers.*.mlp.gate_up_proj", "packed_colwise", "shardwise", reason="gate | up, each cut on its own"),
         Rule(f"{prefix}layers.*.mlp.down_proj", "rowwise", "shardwise", reason="reads the local half of gate and up"),
@@ -45,8 +48,8 @@ def _attention(name: str, module: nn.Module, size: int) -> list[Rule]:
             "packed_colwise",
             "shardwise",
             Cut(blocks=blocks),
-            reason="q | k | v, each cut between its heads",
+            parent_attributes=attributes,
+            reason="q | k | v, each cut between its heads; attention slices them by these numbers",
         ),
         Rule(f"{name}.o_proj", "rowwise", "shardwise", query, reason="reads the local heads"),
-        Rule(name, "local_params", "shardwise", attributes=attributes, reason="its code slices qkv by these numbers"),
     ]
