@@ -1,5 +1,4 @@
-"""A sharded model computes what one process computes: ten types at tp=2 and tp=4, on processes, through the public
-functions only.
+"""A sharded model computes what one process computes: ten types, tp=2 and tp=4, on processes, through the public functions.
 
 `figures.measure` asks a model everything once: in this process the plain one, on every rank the shards. The tests compare
 the figures, so each type and size costs one job on the pool. That they would see the bugs they guard:
@@ -164,8 +163,8 @@ def test_full_state_dict(case):
     assert [figures.state for figures in case.ranks[1:]] == [None] * (len(case.ranks) - 1)
 
 
-# Every expert takes part: with fewer, the noise sends a token near the border to another expert, and that jump hides what
-# is measured. EVERY_EXPERT: dict[str, dict[str, object]] = {
+# Every expert takes part: with fewer, the noise sends a token near the border to another expert, a jump that hides the rest.
+EVERY_EXPERT: dict[str, dict[str, object]] = {
     "mixtral": {"num_experts_per_tok": 4},
     "qwen3_moe": {"num_experts_per_tok": 4},
     "deepseek_v3": {"num_experts_per_tok": 4, "topk_group": 2},
