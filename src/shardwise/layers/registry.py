@@ -17,7 +17,8 @@ def register_style(name: str, style: type[ParallelStyle]) -> None:
     """
     kind: object = style
     if not (isinstance(kind, type) and issubclass(kind, ParallelStyle)):
-        raise PlanError(f"register_style({name!r}): a subclass of shardwise.ParallelStyle is needed, this is {style!r}.")
+        found = repr(kind) if isinstance(kind, type | str) else f"an instance of {type(kind).__name__}"
+        raise PlanError(f"register_style({name!r}): a subclass of shardwise.ParallelStyle is needed, not {found}.")
     taken = STYLES.get(name) or _registered.get(name)
     if taken is not None and taken is not style:
         raise PlanError(f"register_style({name!r}): the name belongs to {taken.__name__}: choose another one.")
