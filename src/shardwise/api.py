@@ -13,7 +13,7 @@ from shardwise.errors import PlanError, describe
 from shardwise.hf import base_prefix, build_on_meta, model_rules
 from shardwise.mesh import local_device, tp_mesh
 from shardwise.model import ShardedModel
-from shardwise.parallelize import apply_plan, remove_plan, required_state
+from shardwise.parallelize import apply_plan, refuse_parallel, remove_plan, state_of
 from shardwise.plan import Plan
 from shardwise.rendezvous import START_TIMEOUT, meet
 from shardwise.replicas import check_same_weights
@@ -41,6 +41,8 @@ def make_plan(
 
     Raises `PlanError` where it can't be done, naming the module, the numbers and the rule.
     """
+    if tp_size < 1:
+        raise PlanError(f"tp_size={tp_size}: the number of ranks on the tp axis is at least 1.")
     model = build_on_meta(model_or_config) if isinstance(model_or_config, PreTrainedConfig) else model_or_config
     if isinstance(plan, Plan):
         return plan
@@ -74,6 +76,7 @@ def parallelize(
     axis = tp_mesh(device_mesh=mesh)
     if axis is None or axis.size() == 1:
         return model
+    refuse_parallel(model)
     table = make_plan(model, axis.size(), plan, ep_size=ep_size)
     meet(axis, "parallelize", START_TIMEOUT)
     check_same_weights(model, axis)
@@ -87,8 +90,14 @@ def parallelize(
 
 
 def unparallelize(model: nn.Module) -> nn.Module:
-    """Gather the shards and give the ordinary model back, in place: classes, names, attributes and values. Collective."""
-    mesh = required_state(model).mesh
+    """Gather the shards and give the ordinary model back, in place: classes, names, attributes and values. Collective.
+
+    An ordinary model is returned as it is.
+    """
+    state = state_of(model)
+    if state is None:
+        return model
+    mesh = state.mesh
     meet(mesh, "unparallelize")
     remove_plan(model, lambda row, tensor: gather_full(row, tensor, mesh))
     return model

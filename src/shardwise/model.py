@@ -43,6 +43,15 @@ class ShardedModel(ParallelStyle):
             )
         )
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises `ShardwiseError`: the table says how long the vocabulary is, and each rank holds a part of it."""
+        raise ShardwiseError(
+            describe(
+                "resize_token_embeddings: the vocabulary of a parallel model cannot be resized.",
+                either=["resize the ordinary model, save it, and load that, or", "shardwise.unparallelize(model) first"],
+            )
+        )
+
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers' `generate`; the ranks sample with the first rank's random state. Collective."""
         same_random_state(self._tp.mesh)

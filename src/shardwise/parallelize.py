@@ -41,8 +41,7 @@ def apply_plan(
         read: gives this rank's shard of a tensor; called once for each row.
         root: what to mix in front of the model's own class.
     """
-    if state_of(model) is not None:
-        raise PlanError(f"{type(model).__name__} is parallel already: shardwise.unparallelize(model) first.")
+    refuse_parallel(model)
     if plan.size != mesh.size():
         raise PlanError(f"The plan is for tp={plan.size}, and the mesh has {mesh.size()} ranks: make the plan for this size.")
     _check_fits(model, plan)
@@ -104,6 +103,12 @@ def _check_fits(model: nn.Module, plan: Plan) -> None:
                 either=["make the plan from this model or its config, or", 'plan="auto"'],
             )
         )
+
+
+def refuse_parallel(model: nn.Module) -> None:
+    """Raise `PlanError` for a model that is parallel already."""
+    if state_of(model) is not None:
+        raise PlanError(f"{type(model).__name__} is parallel already: shardwise.unparallelize(model) first.")
 
 
 def _replace_tensors(model: nn.Module, plan: Plan, read: ReadShard) -> None:

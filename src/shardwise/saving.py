@@ -85,7 +85,7 @@ class ShardSource:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.row.dtype
+        return self.local.dtype
 
     def read(self, box: Box) -> Tensor:
         """The box, on the CPU of the first rank; elsewhere a stand-in of that shape that takes no memory."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from shardwise.parallelize import required_state
+from shardwise.errors import ShardwiseError
+from shardwise.mesh import local_device
+from shardwise.parallelize import ModelState, state_of
 from shardwise.rendezvous import meet
 from shardwise.spec import ShardSpec
 
@@ -21,20 +22,32 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor] | None:
     """The state dict of the ordinary model: full tensors on the CPU of the tp axis's first rank, None on the others.
 
     Collective: every rank of the axis must call it; raises `MissingRankError` when one does not. Tied parameters stand under
-    each of their names, as one tensor; buffers that are not persistent are left out, as `nn.Module.state_dict` does.
+    each of their names, as one tensor; buffers that are not persistent are left out, as `nn.Module.state_dict` does. Of an
+    ordinary model, its own state dict.
     """
-    return _collect(model, "full_state_dict", lambda row, tensor: tensor, model.state_dict(keep_vars=True))
+    named: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    state = state_of(model)
+    if state is None:
+        return {name: tensor.detach().cpu() for name, tensor in named.items()}
+    meet(state.mesh, "full_state_dict")
+    return _gather_all(state, named)
 
 
 def full_gradients(model: nn.Module) -> dict[str, Tensor] | None:
-    """The gradients of the ordinary model by parameter name, as `full_state_dict` gives the parameters; those without are
-    left out.
+    """The gradients of the ordinary model by parameter name, as `full_state_dict` gives the parameters.
 
-    Collective: every rank of the axis must call it, with gradients for the same parameters.
+    Collective: every rank of the axis must call it. A parameter that has no gradient on any rank is left out; where only some
+    ranks have one (experts that got no token elsewhere), the others count as zero.
     """
-    return _collect(
-        model, "full_gradients", lambda row, tensor: tensor.grad, dict(model.named_parameters(remove_duplicate=False))
-    )
+    named = dict(model.named_parameters(remove_duplicate=False))
+    state = state_of(model)
+    if state is None:
+        return {name: p.grad.detach().cpu() for name, p in named.items() if p.grad is not None}
+    meet(state.mesh, "full_gradients")
+    has = torch.tensor([p.grad is not None for p in named.values()], dtype=torch.int32, device=local_device(state.mesh))
+    dist.all_reduce(has, group=state.mesh.get_group())
+    present = [(name, p) for (name, p), count in zip(named.items(), has.tolist(), strict=True) if count]
+    return _gather_all(state, {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in present})
 
 
 def gather_full(row: ShardSpec, local: Tensor, mesh: DeviceMesh) -> Tensor:
@@ -100,21 +113,16 @@ def _within(tensor: Tensor, ranges: tuple[tuple[int, int], ...]) -> Tensor:
     return tensor[tuple(slice(start, stop) for start, stop in ranges)]
 
 
-def _collect(
-    model: nn.Module, what: str, pick: Callable[[ShardSpec, Tensor], Tensor | None], named: dict[str, Tensor]
-) -> dict[str, Tensor] | None:
-    state = required_state(model)
-    meet(state.mesh, what)
-    by_id: dict[str, Tensor | None] = {}
+def _gather_all(state: ModelState, named: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    gathered: dict[str, Tensor] = {}
     full: dict[str, Tensor] = {}
     for name, tensor in named.items():
         name = name.removeprefix("_orig_mod.").removeprefix("module.")
+        if name not in state.plan:
+            raise ShardwiseError(f"{name} is not in the model's plan: it was added after the model became parallel.")
         row = state.plan[name]
-        if row.name not in by_id:
-            picked = pick(row, tensor)
-            whole = None if picked is None else gather_to_first(row, picked, state.mesh)
-            by_id[row.name] = None if whole is None else whole.cpu()
-        value = by_id[row.name]
-        if value is not None:
-            full[name] = value
+        if row.name not in gathered:
+            whole = gather_to_first(row, tensor, state.mesh)
+            gathered[row.name] = tensor.new_empty(0) if whole is None else whole.cpu()
+        full[name] = gathered[row.name]
     return full if state.mesh.get_local_rank() == 0 else None

@@ -30,7 +30,7 @@ class Region:
 
     def __init__(self, local_dropout: bool = False) -> None:
         self._local_dropout = local_dropout
-        self._last: tuple[Tensor, Tensor] | None = None
+        self._last: tuple[Tensor, int, Tensor] | None = None
         self._common: _RandomState | None = None
 
     def enter(self, x: Tensor, mesh: DeviceMesh, training: bool) -> Tensor:
@@ -40,11 +40,13 @@ class Region:
             self._common.diverge(mesh.get_local_rank())
         if not (x.requires_grad and torch.is_grad_enabled()):
             return x
+        # A tensor that was written to between two siblings is another value in the same object.
+        version = 0 if torch.compiler.is_compiling() else x._version
         last = self._last
-        if last is not None and last[0] is x:
-            return last[1]
+        if last is not None and last[0] is x and last[1] == version:
+            return last[2]
         copy = copy_to_tp(x, mesh)
-        self._last = (x, copy)
+        self._last = (x, version, copy)
         return copy
 
     def leave(self) -> None:
