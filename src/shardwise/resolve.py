@@ -13,7 +13,7 @@ from torch import nn
 
 from shardwise.errors import PlanError, describe
 from shardwise.heads import Heads, heads_of, runs_over_kv
-from shardwise.layers import Cut, Local, LocalParamsParallel, ParallelStyle, stores_transposed
+from shardwise.layers import Cut, Local, LocalParamsParallel, ParallelStyle, Replicate, stores_transposed
 from shardwise.layers.linear import ColwiseGatherOutput, LinearStyle, RowwiseSplitInput
 from shardwise.layers.registry import style_named
 from shardwise.layout import Layout, Replicated
@@ -80,6 +80,7 @@ class _Resolver:
         regions = self._regions()
         for name, module in self.modules.items():
             rule = self.rules.get(name)
+            self._check_module(name, module, rule)
             own = {child: by_name[_join(name, child)] for child in _direct(module)}
             style = style_named(rule.style, str(rule)) if rule else LocalParamsParallel
             attributes = self._attributes(name, module, style, own)
@@ -102,16 +103,22 @@ class _Resolver:
         if rule is not None:
             style = style_named(rule.style, str(rule))
             if name not in self.rules and (problem := style.refuses(self.modules[parent])):
-                raise PlanError(
-                    describe(
-                        f"{parent}: {problem}.",
-                        rule=str(rule),
-                        either=["give it another style, or", f'{{"{parent}": "replicate"}}'],
-                    )
-                )
+                raise _refused(parent, problem, rule)
             layout = self._layout(name, style, rule, tensor) if name in self.tensors else Replicated()
             partial = style.gradient_is_partial and name in self.tensors
         return ShardSpec(name, shape, tensor.dtype, layout, partial, name in self.buffers, rule)
+
+    def _check_module(self, name: str, module: nn.Module, rule: Rule | None) -> None:
+        if rule is not None and not _direct(module) and (problem := style_named(rule.style, str(rule)).refuses(module)):
+            raise _refused(name, problem, rule)
+        if heads_of(module) is None:
+            return
+        rules = {c: self.rules.get(_join(name, c)) for c in _PROJECTIONS if module._modules.get(c) is not None}
+        styles = {child: style_named(rule.style, str(rule)) if rule else Replicate for child, rule in rules.items()}
+        whole = [child for child, style in styles.items() if issubclass(style, Replicate | ColwiseGatherOutput)]
+        local = [child for child, style in styles.items() if _ends_at_heads(style)]
+        if whole and local:
+            raise _torn_apart(name, {child: rules[child] for child in (*local, *whole)}, local, whole)
 
     def _layout(self, name: str, style: type[ParallelStyle], rule: Rule, tensor: torch.Tensor) -> Layout:
         shape = tuple(tensor.shape)
@@ -194,6 +201,9 @@ class _Resolver:
         return {p: dropout[p] and p in closes for p, count in opens.items() if p in closes and (count > 1 or dropout[p])}
 
 
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+
+
 def _ends_at_heads(style: type[ParallelStyle]) -> bool:
     # Gathered outputs and split inputs may be cut anywhere: what lies between them and the heads is whole.
     return issubclass(style, LinearStyle) and not issubclass(style, ColwiseGatherOutput | RowwiseSplitInput)
@@ -227,6 +237,24 @@ def _read(module: nn.Module, attribute: str) -> object:
     for part in attribute.split("."):
         value = getattr(value, part, None)
     return value
+
+
+def _refused(name: str, problem: str, rule: Rule) -> PlanError:
+    way_out = ["give it another style, or", f'tp_plan={{"{wildcard(name)}": "replicate"}} to keep it whole']
+    return PlanError(describe(f"{name}: {problem}.", rule=str(rule), either=way_out))
+
+
+def _torn_apart(name: str, rules: dict[str, Rule | None], local: list[str], whole: list[str]) -> PlanError:
+    return PlanError(
+        describe(
+            f"{name}: {', '.join(local)} cut between heads and {', '.join(whole)} whole: heads would read other heads' values.",
+            rules=[str(rule) if rule else f"{child}: none" for child, rule in rules.items()],
+            either=[
+                "give all of them the style colwise (KV heads are shared by ranks where they are too few), or",
+                "keep all of them, and the output projection, whole: replicate",
+            ],
+        )
+    )
 
 
 def _heads_problem(owner: str, problem: str, rule: Rule, heads: Heads, size: int) -> PlanError:
