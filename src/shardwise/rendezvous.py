@@ -13,10 +13,10 @@ from shardwise.errors import MissingRankError, describe
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-DEFAULT_TIMEOUT = 15.0
+DEFAULT_TIMEOUT = 10.0
 """Seconds that a rank waits for the others to make the same call."""
 
-START_TIMEOUT = 600.0
+START_TIMEOUT = 300.0
 """Seconds that a rank waits for the others to load or build a model: one may first have to prepare the data for all."""
 
 _POLL_SECONDS = 0.005
