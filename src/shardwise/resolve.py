@@ -130,7 +130,7 @@ class _Resolver:
         cut = rule.cut
         if cut is None and heads is not None and (where := plain.cut(shape)) is not None and _ends_at_heads(style):
             if problem := heads.problem(self.size):
-                raise _heads_problem(owner, problem, rule, heads, self.size)
+                raise _heads_problem(name if name in self.rules else owner, problem, rule, heads, self.size)
             cut = _head_cut(heads, target[2], shape[where[0]], self.size)
         layout = style.layout(shape, replace(cut, transposed=transposed)) if cut is not None else plain
         if problem := layout.problem(shape, self.size):
