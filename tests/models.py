@@ -75,9 +75,9 @@ class Batch:
         return loss
 
 
-def config(name: str) -> PreTrainedConfig:
+def config(name: str, **overrides: object) -> PreTrainedConfig:
     """The config of a type in `TYPES`."""
-    return AutoConfig.for_model(name, **{**COMMON, **TYPES[name]})
+    return AutoConfig.for_model(name, **{**COMMON, **TYPES[name], **overrides})
 
 
 def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
