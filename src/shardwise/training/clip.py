@@ -41,12 +41,11 @@ def clip_grad_norm_(
     named = {name.removeprefix("_orig_mod.").removeprefix("module."): p for name, p in model.named_parameters()}
     gradients = {name: p.grad for name, p in named.items() if p.grad is not None}
     precision = torch.float64 if any(g.dtype == torch.float64 for g in gradients.values()) else torch.float32
-    counted = [
+    counted = [torch.zeros((), dtype=precision, device=local_device(state.mesh))]  # on some ranks nothing counts
+    counted += [
         part.to(precision) for name, gradient in gradients.items() for part in _counted(state.plan[name], gradient, state)
     ]
-    norms = torch.stack(
-        [*torch._foreach_norm(counted, norm_type), torch.zeros((), dtype=precision, device=local_device(state.mesh))]
-    )
+    norms = torch.stack(torch._foreach_norm(counted, norm_type))
     total = _total(norms, norm_type, state.mesh)
     if error_if_nonfinite and not torch.isfinite(total):
         raise RuntimeError(
