@@ -96,7 +96,14 @@ def _kv_from_width(module: nn.Module) -> int | None:
 def _first_int(module: nn.Module, config: object, *names: str) -> int | None:
     for name in names:
         for holder in (module, config):
-            value = getattr(holder, name, None)
+            value = _read(holder, name)
             if isinstance(value, int) and value > 0:
                 return value
     return None
+
+
+def _read(holder: object, name: str) -> object:
+    try:
+        return getattr(holder, name, None)
+    except RuntimeError:  # a config whose layers differ does not answer for all of them
+        return None
