@@ -17,6 +17,7 @@ from shardwise.layers import Cut, Local, LocalParamsParallel, ParallelStyle, Rep
 from shardwise.layers.linear import ColwiseGatherOutput, LinearStyle, RowwiseSplitInput
 from shardwise.layers.registry import style_named
 from shardwise.layout import Layout, Replicated
+from shardwise.norms import head_norms
 from shardwise.plan import Plan, wildcard
 from shardwise.spec import ModuleSpec, Rule, ShardSpec
 
@@ -29,6 +30,7 @@ def resolve(model: nn.Module, rules: Sequence[Rule], size: int) -> Plan:
     """
     resolver = _Resolver(model, size)
     resolver.assign(rules)
+    resolver.rules |= head_norms(resolver.modules, resolver.rules, size)
     rows = tuple(resolver.rows())
     return Plan(size, rows, tuple(resolver.module_rows({row.name: row for row in rows})))
 
