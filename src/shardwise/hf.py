@@ -42,14 +42,28 @@ def base_prefix(model: nn.Module) -> str:
 
 
 def _vocabulary(model: PreTrainedModel, rules: list[Rule]) -> list[Rule]:
+    """Rules for the embedding and the head, where none of the model's names them: both are large."""
+    reason = "the vocabulary is large, and no rule of the model's names it"
+    found: list[Rule] = []
+    embedding, head = _end(model, "get_input_embeddings", nn.Embedding), _end(model, "get_output_embeddings", nn.Linear)
+    known = next((rule for rule in rules if embedding is not None and rule.matches(embedding[0])), None)
+    if embedding is not None and known is None:
+        found.append(Rule(embedding[0], "embedding_rowwise", "shardwise", reason=reason))
+    if head is None or any(rule.matches(head[0]) for rule in rules):
+        return found
+    tied = embedding is not None and embedding[1].weight is head[1].weight
+    if not tied or known is None or known.style == "embedding_rowwise":
+        found.append(Rule(head[0], "colwise_gather_output", "shardwise", reason=reason))
+    return found
+
+
+def _end(model: PreTrainedModel, method: str, kind: type[nn.Module]) -> tuple[str, nn.Module] | None:
     try:
-        embedding = model.get_input_embeddings()
-    except NotImplementedError:
-        return []
-    name = next((name for name, module in model.named_modules() if module is embedding), None)
-    if name is None or not isinstance(embedding, nn.Embedding) or any(rule.matches(name) for rule in rules):
-        return []
-    return [Rule(name, "embedding_rowwise", "shardwise", reason="the vocabulary is large, and no rule of the model's names it")]
+        end = getattr(model, method)()
+    except (NotImplementedError, AttributeError):
+        return None
+    name = next((name for name, module in model.named_modules() if module is end), None)
+    return (name, end) if name is not None and isinstance(end, kind) else None
 
 
 def _corrections(model: PreTrainedModel, size: int) -> list[Rule]:
