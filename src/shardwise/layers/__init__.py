@@ -4,6 +4,7 @@
 |---|---|
 | `colwise`, `rowwise` | `ColwiseParallel`, `RowwiseParallel` |
 | `colwise_gather_output` (`colwise_rep`), `rowwise_split_input` (`rowwise_rep`) | `ColwiseGatherOutput`, `RowwiseSplitInput` |
+| `rowwise_scatter_output` | `RowwiseScatterOutput` |
 | `packed_colwise`, `packed_rowwise` | `PackedColwiseParallel`, `PackedRowwiseParallel` |
 | `embedding_rowwise`, `embedding_colwise` | `EmbeddingRowwise`, `EmbeddingColwise` |
 | `replicate`, `replicated_with_grad_allreduce` | `Replicate`, `ReplicatedWithGradAllReduce` |
@@ -35,6 +36,7 @@ from shardwise.layers.linear import (
     PackedColwiseParallel,
     PackedRowwiseParallel,
     RowwiseParallel,
+    RowwiseScatterOutput,
     RowwiseSplitInput,
     stores_transposed,
 )
@@ -56,6 +58,7 @@ STYLES: MappingProxyType[str, type[ParallelStyle]] = MappingProxyType(
         "rowwise": RowwiseParallel,
         "rowwise_split_input": RowwiseSplitInput,
         "rowwise_rep": RowwiseSplitInput,
+        "rowwise_scatter_output": RowwiseScatterOutput,
         "packed_colwise": PackedColwiseParallel,
         "packed_rowwise": PackedRowwiseParallel,
         "embedding_rowwise": EmbeddingRowwise,
@@ -98,6 +101,7 @@ __all__ = [
     "Replicate",
     "ReplicatedWithGradAllReduce",
     "RowwiseParallel",
+    "RowwiseScatterOutput",
     "RowwiseSplitInput",
     "SequenceParallel",
     "ShardState",

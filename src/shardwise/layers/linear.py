@@ -116,6 +116,21 @@ class RowwiseSplitInput(RowwiseParallel):
         return super().forward(scatter_to_tp(input, self._tp.mesh, -1, self._tp.sizes["weight"]))
 
 
+class RowwiseScatterOutput(RowwiseParallel):
+    """`RowwiseParallel` of which every rank keeps its part of the outputs.  X (..., in/tp) S(-1) -> Y (..., out/tp) S(-1).
+
+    For a product inside a parallel region, whose outputs belong to the same heads as its inputs: they are cut in proportion.
+    """
+
+    prefix = "RowwiseScatter"
+    closes_region = False
+
+    def forward(self, input: Tensor) -> Tensor:
+        output, inputs = super().forward(input), self._tp.sizes["weight"]
+        sizes = tuple(output.shape[-1] * length // sum(inputs) for length in inputs)
+        return scatter_to_tp(output, self._tp.mesh, -1, sizes)
+
+
 class PackedColwiseParallel(ColwiseParallel):
     """`ColwiseParallel` of a weight in which two matrices are fused (gate | up): each is cut on its own, so each rank gets a
     pair.
