@@ -11,6 +11,7 @@ from torch import nn
 from shardwise.heads import heads_of
 from shardwise.layers import Cut
 from shardwise.layout import Block
+from shardwise.plan import wildcard
 from shardwise.spec import Rule
 
 
@@ -19,7 +20,7 @@ def rules(model: nn.Module, prefix: str, size: int) -> list[Rule]:
     return [
         rule
         for name, module in model.named_modules()
-        if name.endswith(".self_attn")
+        if wildcard(name) == "layers.*.self_attn"
         for rule in _attention(prefix + name, module, size)
     ] + [
         Rule(f"{prefix}layers.*.mlp.gate_up_proj", "packed_colwise", "shardwise", reason="gate | up, each cut on its own"),

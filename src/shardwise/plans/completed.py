@@ -1,0 +1,150 @@
+"""Families whose own plan is right and leaves much whole: often the experts alone are cut. What is missing is plain attention,
+latent attention, or MLPs (shared experts, dense layers).
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from shardwise.plans import phi3
+from shardwise.plans.parts import attention, latent_attention, mixer, mlp, packed_mlp, whole
+from shardwise.spec import Rule
+
+SHARED = "layers.*.mlp.shared_experts"
+INDEXER = "layers.*.self_attn.indexer"
+_STATE_SPACE = "a state-space mixer, computed whole"
+_LINEAR = "linear attention, computed whole"
+_INDEXER_WHOLE = "small, and every rank needs the same choice of tokens"
+
+
+def afmoe(model: nn.Module, prefix: str, size: int) -> list[Rule]:
+    """Attention with an output gate, dense MLPs, shared experts."""
+    return [*attention(model, prefix, also=["gate_proj"]), *mlp(prefix, "layers.*.mlp"), *mlp(prefix, SHARED)]
+
+
+def latent(model: nn.Module, prefix: str, size: int) -> list[Rule]:
+    """Latent attention."""
+    return latent_attention(model, prefix)
+
+
+def indexed(model: nn.Module, prefix: str, size: int) -> list[Rule]:
+    """Latent attention with an indexer that chooses the tokens to attend to."""
+    return [*latent_attention(model, prefix), *whole(model, prefix, INDEXER, _INDEXER_WHOLE)]
+
+
+def plain_attention(model: nn.Module, prefix: str, size: int) -> list[Rule]:
+    """Attention, and sinks where it has them."""
+    return attention(model, prefix)
+
+
+def shared_experts(model: nn.Module, prefix: str, size: int) -> list[Rule]:
+    """Shared experts."""
+    return mlp(prefix, SHARED)
+
+
+def attention_and_shared_experts(model: nn.Module, prefix: str, size: int) -> list[Rule]:
+    """Attention and shared experts."""
+    return [*attention(model, prefix), *mlp(prefix, SHARED)]
+
+
+def shared_expert(model: nn.Module, prefix: str, size: int) -> list[Rule]:
+    """The one shared expert."""
+    return mlp(prefix, "layers.*.mlp.shared_expert")
+
+
+def granite(model: nn.Module, prefix: str, size: int) -> list[Rule]:
+    """Attention, shared MLPs, and in the hybrid's other layers a Mamba-2 mixer."""
+    return [
+        *attention(model, prefix),
+        *packed_mlp(prefix, "layers.*.shared_mlp", "input_linear", "output_linear"),
+        *mamba2(model, prefix, "layers.*.mamba"),
+    ]
+
+
+def hunyuan(model: nn.Module, prefix: str, size: int) -> list[Rule]:
+    """Attention, dense MLPs, the shared MLP beside the experts."""
+    return [*attention(model, prefix), *mlp(prefix, "layers.*.mlp"), *mlp(prefix, "layers.*.mlp.shared_mlp")]
+
+
+def minimax_m3(model: nn.Module, prefix: str, size: int) -> list[Rule]:
+    """Fused MLPs, dense and shared."""
+    return [
+        *packed_mlp(prefix, "layers.*.mlp"),
+        *packed_mlp(prefix, SHARED),
+        *whole(model, prefix, INDEXER, _INDEXER_WHOLE),
+    ]
+
+
+def lfm2(model: nn.Module, prefix: str, size: int) -> list[Rule]:
+    """Attention and dense MLPs, and a short convolution in the other layers."""
+    return [
+        *attention(model, prefix, output="out_proj"),
+        *mlp(prefix, "layers.*.feed_forward", ("w1", "w3"), "w2"),
+        *mixer(model, prefix, "layers.*.conv", "a convolution mixer, computed whole", ["in_proj", "out_proj"]),
+    ]
+
+
+def jamba(model: nn.Module, prefix: str, size: int) -> list[Rule]:
+    """Attention and dense MLPs, and a Mamba mixer in most layers."""
+    return [
+        *attention(model, prefix),
+        *mlp(prefix, "layers.*.feed_forward"),
+        *mixer(model, prefix, "layers.*.mamba", _STATE_SPACE, ["in_proj", "out_proj"]),
+    ]
+
+
+def nemotron_h(model: nn.Module, prefix: str, size: int) -> list[Rule]:
+    """Every layer is one mixer: attention, an MLP, experts with shared ones, or Mamba-2."""
+    path = "layers.*.mixer"
+    return [
+        *attention(model, prefix, path),
+        *mlp(prefix, path, ["up_proj"]),
+        *mlp(prefix, f"{path}.shared_experts", ["up_proj"]),
+        *mamba2(model, prefix, path),
+    ]
+
+
+def mamba2(model: nn.Module, prefix: str, path: str) -> list[Rule]:
+    """A Mamba-2 mixer. Its fused kernel reads `out_proj.weight` itself, so that is whole too."""
+    return mixer(model, prefix, path, _STATE_SPACE, ["in_proj"], having="conv1d")
+
+
+def delta_and_latent(model: nn.Module, prefix: str, size: int) -> list[Rule]:
+    """Layers of latent attention and of gated delta attention, both called `self_attn`."""
+    path = "layers.*.self_attn"
+    large = ["q_proj", "k_proj", "v_proj", "g_proj", "g_b_proj", "o_proj", "forget_gate.f_b_proj", "forget_gate.f_proj"]
+    return [*latent_attention(model, prefix, also=["g_proj"]), *mixer(model, prefix, path, _LINEAR, large, having="conv1d")]
+
+
+def olmo_hybrid(model: nn.Module, prefix: str, size: int) -> list[Rule]:
+    """A gated delta net in most layers."""
+    return mixer(model, prefix, "layers.*.linear_attn", _LINEAR, ["q_proj", "k_proj", "v_proj", "g_proj", "o_proj"])
+
+
+def minimax(model: nn.Module, prefix: str, size: int) -> list[Rule]:
+    """Lightning attention in every other layer."""
+    reason = "linear attention, computed whole: its norm goes over all heads"
+    large = ["qkv_proj", "output_gate", "out_proj"]
+    return mixer(model, prefix, "layers.*.self_attn", reason, large, having="qkv_proj")
+
+
+def deepseek_v4(model: nn.Module, prefix: str, size: int) -> list[Rule]:
+    """Shared experts; attention has one KV head, which all ranks would keep, and projects its output in groups of heads."""
+    reason = "attention with one latent KV head, and an output projected in groups of heads: computed whole"
+    return [*mlp(prefix, SHARED), *mixer(model, prefix, "layers.*.self_attn", reason, ["q_b_proj", "o_b_proj"])]
+
+
+def qwen4(model: nn.Module, prefix: str, size: int) -> list[Rule]:
+    """Attention behind an indexer, which chooses tokens for all heads at once."""
+    return attention(model, prefix)
+
+
+def glm(model: nn.Module, prefix: str, size: int) -> list[Rule]:
+    """A fused MLP, whose activations transformers' plan gathers."""
+    return packed_mlp(prefix, "layers.*.mlp")
+
+
+def phi4_multimodal(model: nn.Module, prefix: str, size: int) -> list[Rule]:
+    """The language model is Phi-3's."""
+    reason = "an encoder of images or sounds, which runs once a prompt"
+    return [*phi3.rules(model, prefix, size), *whole(model, prefix, "embed_tokens_extend", reason)]

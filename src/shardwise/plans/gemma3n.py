@@ -1,0 +1,47 @@
+"""Gemma 3n: statistics over the MLP's full width, and a second large embedding."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from shardwise.plan import wildcard
+from shardwise.plans.parts import rule, whole
+from shardwise.spec import Rule
+
+
+def rules(model: nn.Module, prefix: str, size: int) -> list[Rule]:
+    """The corrections for a model whose decoder layers are `{prefix}layers.*`."""
+    small = "a low-rank or per-layer projection between whole hidden states"
+    below = [found for path in _WHOLE for found in whole(model, prefix, path, small)]
+    return [*below, *per_layer_embedding(model, prefix, size), *_sparse_mlps(model, prefix)]
+
+
+_WHOLE = (
+    "altup_projections.*",
+    "altup_unembed_projections.*",
+    "per_layer_model_projection",
+    "layers.*.laurel",
+    "layers.*.altup",
+    "layers.*.per_layer_input_gate",
+    "layers.*.per_layer_projection",
+)
+
+
+def per_layer_embedding(model: nn.Module, prefix: str, size: int) -> list[Rule]:
+    """The embedding of the per-layer inputs, Gemma 4's too: a third of a model's bytes, which the model's plan forgets."""
+    return [rule(f"{prefix}embed_tokens_per_layer", "embedding_rowwise", "the largest matrix of the model")]
+
+
+def _sparse_mlps(model: nn.Module, prefix: str) -> list[Rule]:
+    reason = "activation sparsity takes the mean and the deviation over the full width"
+    mlps = [(name, module) for name, module in model.named_modules() if wildcard(name) == "layers.*.mlp"]
+    sparse = [name for name, module in mlps if getattr(module, "activation_sparsity", 0.0)]
+    return [
+        found
+        for name in sparse
+        for found in (
+            rule(f"{prefix}{name}.gate_proj", "colwise_gather_output", reason),
+            rule(f"{prefix}{name}.up_proj", "colwise_gather_output", reason),
+            rule(f"{prefix}{name}.down_proj", "rowwise_split_input", reason),
+        )
+    ]
