@@ -76,6 +76,11 @@ class TestLinear:
         check_parity(threads, size, randomize(Mlp(kind=kind, bias=bias)), plan, (x(2, 3, 6),), (x(2, 3, 6),))
         check_parity(threads, size, randomize(Mlp(kind=kind, bias=bias)), plan, (x(5, 6),))
 
+    def test_rowwise_scatter_output(self, kind, bias, size, threads):
+        """Guards: outputs cut at other places than the activations that they meet; an output gradient of the local part only."""
+        plan = {"up": "colwise", "inner": "rowwise_scatter_output", "down": "rowwise"}
+        check_parity(threads, size, randomize(Inside(kind, bias)), plan, (x(2, 3, 6),), (x(2, 3, 6),))
+
     def test_packed_colwise(self, kind, bias, size, threads):
         """Guards: gate | up cut straight through, so that the first ranks get only gates."""
         plan = {"gate_up": "packed_colwise", "down": "rowwise"}
@@ -85,6 +90,18 @@ class TestLinear:
         """Guards: the columns of two fused halves cut straight through."""
         plan = {"a": "colwise", "b": "colwise", "down": "packed_rowwise"}
         check_parity(threads, size, randomize(TwoHalves(kind=kind, bias=bias)), plan, (x(2, 3, 6),))
+
+
+class Inside(nn.Module):
+    """A product of all activations inside a parallel region, whose outputs meet the local ones."""
+
+    def __init__(self, kind: str, bias: bool) -> None:
+        super().__init__()
+        self.up, self.inner, self.down = (dense_layer(kind, *widths, bias) for widths in ((6, 7), (7, 7), (7, 5)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.up(x)
+        return self.down(hidden * self.inner(hidden).tanh())
 
 
 class ScaledEmbedding(nn.Embedding):
