@@ -60,7 +60,7 @@ def reduce_from_tp(x: Tensor, mesh: DeviceMesh) -> Tensor:
         total: Tensor = ReduceFromTP.apply(x, mesh)
         return total
     # A view shares its memory, and a parameter is a leaf here too (no_grad): neither is the caller's to give away.
-    kept = x.requires_grad or (not torch.compiler.is_compiling() and x._is_view())
+    kept = x.requires_grad or (not torch.compiler.is_dynamo_compiling() and x._is_view())
     x = x.clone(memory_format=torch.contiguous_format) if kept else x.contiguous()
     dist.all_reduce(x, group=mesh.get_group())
     return x
@@ -142,7 +142,7 @@ class ReduceFromTP(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, mesh: DeviceMesh) -> Tensor:
         ctx.mesh = mesh
         # Unmarked, an in-place sum silently corrupts what the operation before saved for its backward (exp saves its output).
-        if not torch.compiler.is_compiling() and x.is_contiguous() and not x.is_leaf and not x._is_view():
+        if not torch.compiler.is_dynamo_compiling() and x.is_contiguous() and not x.is_leaf and not x._is_view():
             ctx.mark_dirty(x)
         else:
             x = x.clone(memory_format=torch.contiguous_format)

@@ -4,10 +4,13 @@ random stream.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from shardwise.collectives import copy_to_tp
 
@@ -35,13 +38,13 @@ class Region:
 
     def enter(self, x: Tensor, mesh: DeviceMesh, training: bool) -> Tensor:
         """`copy_to_tp(x, mesh)`, made once for one `x`. Shapes: any, unchanged."""
-        if self._local_dropout and training and self._common is None and not torch.compiler.is_compiling():
+        if self._local_dropout and training and self._common is None and not torch.compiler.is_dynamo_compiling():
             self._common = _RandomState(x.device)
             self._common.diverge(mesh.get_local_rank())
         if not (x.requires_grad and torch.is_grad_enabled()):
             return x
         # A tensor that was written to between two siblings is another value in the same object.
-        version = 0 if torch.compiler.is_compiling() else x._version
+        version = 0 if torch.compiler.is_dynamo_compiling() else x._version
         last = self._last
         if last is not None and last[0] is x and last[1] == version:
             return last[2]
@@ -61,6 +64,23 @@ class Region:
 
     def __reduce__(self) -> tuple[type[Region], tuple[bool]]:
         return Region, (self._local_dropout,)
+
+
+def drops_out(module: nn.Module) -> bool:
+    """Whether `module`, or a part of it, drops out elements when training."""
+    rates = [rate for m in module.modules() for key, rate in vars(m).items() if "drop" in key and isinstance(rate, float)]
+    return any(rate > 0 for rate in (*rates, *(m.p for m in module.modules() if isinstance(m, _DropoutNd))))
+
+
+@contextmanager
+def local_random_stream(device: torch.device, rank: int) -> Iterator[None]:
+    """A random stream of `rank`'s own, which leaves the common one where it was, but for one draw."""
+    state = _RandomState(device)
+    state.diverge(rank)
+    try:
+        yield
+    finally:
+        state.restore()
 
 
 class _RandomState:

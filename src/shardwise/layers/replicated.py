@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from shardwise.collectives import copy_to_tp, even_sizes, gather_from_tp, reduce_from_tp, scatter_to_tp
 from shardwise.errors import PlanError, ShardwiseError, describe
 from shardwise.layers.base import ParallelStyle, original_class
+from shardwise.layers.region import drops_out, local_random_stream
 
 
 class Replicate(ParallelStyle):
@@ -47,6 +49,10 @@ class SequenceParallel(Replicate):
     prefix = "SequenceParallel"
     gradient_is_partial = True
 
+    @classmethod
+    def options(cls, module: nn.Module, parent: nn.Module) -> dict[str, int]:
+        return {"drops_out": int(drops_out(module))}
+
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if input.dim() < 3:
             kind, shape = original_class(self).__name__, tuple(input.shape)
@@ -57,7 +63,12 @@ class SequenceParallel(Replicate):
                 )
             )
         sizes = even_sizes(input.shape[1], self._tp.mesh.size())
-        local = super().forward(scatter_to_tp(input, self._tp.mesh, 1, sizes), *args, **kwargs)
+        local = scatter_to_tp(input, self._tp.mesh, 1, sizes)
+        # Slices of different lengths draw different amounts, and each slice has a mask of its own.
+        random = self.training and self._tp.options["drops_out"] and not torch.compiler.is_compiling()
+        stream = local_random_stream(input.device, self._tp.mesh.get_local_rank()) if random else nullcontext()
+        with stream:
+            local = super().forward(local, *args, **kwargs)
         return gather_from_tp(local, self._tp.mesh, 1, sizes)
 
 
