@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 
 from shardwise.coverage import check_coverage
 from shardwise.errors import PlanError, describe
+from shardwise.generation import same_random_state
 from shardwise.hf import base_prefix, build_on_meta, model_rules
 from shardwise.mesh import local_device, tp_mesh
 from shardwise.model import ShardedModel
@@ -71,6 +72,7 @@ def parallelize(
         plan: as in `shardwise.plan`.
         ep_size: as in `shardwise.plan`.
 
+    The ranks go on with the first rank's random state, so that they drop out the same elements of what they have in common.
     Raises `PlanError` before anything is changed. Collective: every rank of the mesh must call it.
     """
     axis = tp_mesh(device_mesh=mesh)
@@ -86,6 +88,7 @@ def parallelize(
         return (row.layout.shard(tensor, rank, axis.size()) if row.sharded else tensor).to(device)
 
     apply_plan(model, table, axis, shard, ShardedModel.for_model(model))
+    same_random_state(axis)
     return model
 
 
