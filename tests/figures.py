@@ -39,10 +39,14 @@ def measure_plain(path: Path) -> Figures:
     return measure(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32))
 
 
+def load_sharded(path: Path, dtype: torch.dtype = torch.float32, **keywords: object) -> PreTrainedModel:
+    """On every rank: this rank's shards, by the public way."""
+    return shardwise.AutoModelForCausalLM.from_pretrained(path, **{"dtype": dtype, "tp_plan": "auto", **keywords})
+
+
 def measure_sharded(path: Path, saved: Path | None = None, **keywords: object) -> Figures:
     """On every rank, of the shards that `from_pretrained(path, **keywords)` loads, which are saved to `saved`."""
-    keywords = {"tp_plan": "auto", **keywords}
-    model = shardwise.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **keywords)
+    model = load_sharded(path, **keywords)
     if saved is not None:
         model.save_pretrained(saved)
     return measure(model)
@@ -143,7 +147,7 @@ def train(model: PreTrainedModel, steps: int = 3) -> dict[str, Tensor] | None:
 
 def train_sharded(path: Path) -> dict[str, Tensor] | None:
     """On every rank, of the shards."""
-    return train(shardwise.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, tp_plan="auto"))
+    return train(load_sharded(path))
 
 
 @dataclass(frozen=True)
@@ -165,6 +169,4 @@ def measure_rounded(model: nn.Module) -> Rounded:
 
 def measure_rounded_sharded(path: Path, **overrides: object) -> Rounded:
     """On every rank, of the shards in bfloat16."""
-    return measure_rounded(
-        shardwise.AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, tp_plan="auto", **overrides)
-    )
+    return measure_rounded(load_sharded(path, torch.bfloat16, **overrides))

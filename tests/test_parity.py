@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM
 from figures import (
     Figures,
     gradient_error,
+    load_sharded,
     measure_plain,
     measure_rounded,
     measure_rounded_sharded,
@@ -32,7 +33,7 @@ from figures import (
     train,
     train_sharded,
 )
-from models import TYPES, checkpoint
+from models import TYPES, build, checkpoint
 from shardwise.testing import RankPool
 
 
@@ -153,6 +154,25 @@ def test_saved_files_are_those_loaded(case):
     loaded, saved = ({path.name: path.read_bytes() for path in at.iterdir()} for at in (case.loaded, case.saved))
     assert loaded.keys() == saved.keys()
     assert [name for name in loaded if loaded[name] != saved[name]] == []
+
+
+def save_in_parts(path: Path, saved: Path) -> None:
+    """On every rank: load what lies in several files, and save it so."""
+    load_sharded(path).save_pretrained(saved, max_shard_size="50KB")
+
+
+def test_saved_in_several_files(pool2, tmp_path):
+    """Guards: a tensor in another file than the index says, other sizes of files: each byte as transformers saves what it
+    has loaded.
+    """
+    loaded, plain, saved = tmp_path / "loaded", tmp_path / "plain", tmp_path / "saved"
+    build("llama").save_pretrained(loaded, max_shard_size="50KB")
+    AutoModelForCausalLM.from_pretrained(loaded).save_pretrained(plain, max_shard_size="50KB")
+    pool2.run(save_in_parts, loaded, saved)
+    actual, expected = ({path.name: path.read_bytes() for path in at.iterdir()} for at in (saved, plain))
+    assert len(expected) > 4
+    assert actual.keys() == expected.keys()
+    assert [name for name in expected if actual[name] != expected[name]] == []
 
 
 def test_full_state_dict(case):
