@@ -221,7 +221,7 @@ class AllToAll(torch.autograd.Function):
 
 def _slice(x: Tensor, mesh: DeviceMesh, dim: int, sizes: Sizes) -> Tensor:
     rank = mesh.get_local_rank()
-    return x.narrow(dim, sum(sizes[:rank]), sizes[rank]).contiguous()
+    return x.narrow(dim, sum(sizes[:rank]), sizes[rank]).clone(memory_format=torch.contiguous_format)
 
 
 def _all_gather(x: Tensor, mesh: DeviceMesh, dim: int, sizes: Sizes) -> Tensor:
@@ -229,12 +229,14 @@ def _all_gather(x: Tensor, mesh: DeviceMesh, dim: int, sizes: Sizes) -> Tensor:
     if x.shape[dim] < longest:
         x = pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, longest - x.shape[dim]))
     x = x.contiguous()
-    stacked = x.new_empty(len(sizes) * x.shape[0], *x.shape[1:]) if x.dim() else x.new_empty(len(sizes))
-    _gather_into(stacked, x, group=mesh.get_group())
-    if min(sizes) == longest:
-        return stacked if dim == 0 else stacked.unflatten(0, (len(sizes), -1)).movedim(0, dim).flatten(dim, dim + 1)
-    parts = stacked.unflatten(0, (len(sizes), -1)).unbind(0)
-    return torch.cat([part.narrow(dim, 0, length) for part, length in zip(parts, sizes, strict=True)], dim)
+    full = (*x.shape[:dim], len(sizes) * longest, *x.shape[dim + 1 :])
+    in_order = min(sizes) == longest and all(length == 1 for length in x.shape[:dim])
+    # Never a view of what was gathered: autograd lets nobody write to a view that a Function gives (OLMo clamps q, k and v).
+    gathered = x.new_empty(full if in_order else (len(sizes), *x.shape))
+    _gather_into(gathered.view(len(sizes) * x.shape[0], *x.shape[1:]), x, group=mesh.get_group())
+    if in_order:
+        return gathered
+    return torch.cat([part.narrow(dim, 0, length) for part, length in zip(gathered, sizes, strict=True)], dim)
 
 
 def _reduce_scatter(x: Tensor, mesh: DeviceMesh, dim: int, sizes: Sizes) -> Tensor:
@@ -248,7 +250,7 @@ def _reduce_scatter(x: Tensor, mesh: DeviceMesh, dim: int, sizes: Sizes) -> Tens
     mine = x.new_empty(parts[0].shape)
     _reduce_scatter_into(mine, stacked, group=mesh.get_group())
     length = sizes[mesh.get_local_rank()]
-    return mine if length == longest else mine.narrow(dim, 0, length).contiguous()
+    return mine if length == longest else mine.narrow(dim, 0, length).clone(memory_format=torch.contiguous_format)
 
 
 def _exchange(x: Tensor, mesh: DeviceMesh, receive: Sizes, send: Sizes) -> Tensor:
