@@ -175,13 +175,12 @@ def test_all_to_all(counts, threads):
 def _nodes() -> dict[str, tuple[bool, bool, bool]]:
     mesh, sizes = tp_axis(), (2, 2)
     found = {}
-    for name in TYPES:
-        x = torch.ones(4)
-        plain = call(name, x, mesh, 0, sizes)
+    for name, (source, _, _) in TYPES.items():
+        x = torch.ones(2 if source == "S" else 4)
+        plain = call(name, x.clone(), mesh, 0, sizes)
         with torch.no_grad():
-            parameter = torch.ones(4, requires_grad=True)
-            frozen = call(name, parameter, mesh, 0, sizes)
-        trained = call(name, torch.ones(4, requires_grad=True) * 1, mesh, 0, sizes)
+            frozen = call(name, x.clone().requires_grad_(), mesh, 0, sizes)
+        trained = call(name, x.clone().requires_grad_() * 1, mesh, 0, sizes)
         found[name] = (plain.grad_fn is None, frozen.grad_fn is None, trained.grad_fn is not None)
     same = torch.ones(4)
     found["same object"] = (copy_to_tp(same, mesh) is same,) * 3
@@ -271,6 +270,30 @@ def _sums_in_place() -> list[bool]:
 def test_sum_of_a_product_takes_no_memory(threads):
     """Guards: a copy of every activation behind a row-wise layer."""
     assert threads(_sums_in_place, 2) == [[True, True]] * 2
+
+
+def _written(name: str, xs: list[Tensor], gradients: list[Tensor], dim: int, sizes: tuple[int, ...]) -> Tensor:
+    leaf = xs[dist.get_rank()].clone().requires_grad_()
+    y = call(name, leaf * 1, tp_axis(), dim, sizes)
+    y.mul_(2)
+    y.view(-1)[:1].mul_(1)
+    y.backward(gradients[dist.get_rank()])
+    return leaf.grad
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 6), (1, 1, 6), (1, 6), (6,), (0, 6)])
+@pytest.mark.parametrize("sizes", [(3, 3), (4, 2)])
+@pytest.mark.parametrize("name", [name for name in TYPES if name != "copy_to_tp"])
+def test_results_may_be_written_to(name, sizes, shape, threads):
+    """Guards: a result that is a view made in a Function, which autograd lets nobody write to; with one row it easily is one,
+    as nothing has to be copied to have the parts in order. (`copy_to_tp` gives its input as it is: writing to it raises.)
+    """
+    source, target, dual = TYPES[name]
+    xs = random_values(source, shape, -1, sizes, ALIKE_VALUE)
+    gradients = random_values(target, shape, -1, sizes, ALIKE_GRADIENT)
+    expected = dense(dual, gradients, -1, sizes)
+    for rank, gradient in enumerate(threads(_written, 2, name, xs, gradients, -1, sizes)):
+        assert_close(gradient, 2 * expected[rank])
 
 
 def _shared_gradient() -> tuple[Tensor, Tensor]:
