@@ -77,7 +77,7 @@ class TestLinear:
         check_parity(threads, size, randomize(Mlp(kind=kind, bias=bias)), plan, (x(5, 6),))
 
     def test_rowwise_scatter_output(self, kind, bias, size, threads):
-        """Guards: outputs cut at other places than the activations that they meet; an output gradient of the local part only."""
+        """Guards: outputs cut at other places than the activations that they meet; a gradient of the local outputs only."""
         plan = {"up": "colwise", "inner": "rowwise_scatter_output", "down": "rowwise"}
         check_parity(threads, size, randomize(Inside(kind, bias)), plan, (x(2, 3, 6),), (x(2, 3, 6),))
 

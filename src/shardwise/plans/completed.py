@@ -7,14 +7,12 @@ from __future__ import annotations
 from torch import nn
 
 from shardwise.plans import phi3
-from shardwise.plans.parts import attention, latent_attention, mixer, mlp, packed_mlp, whole
+from shardwise.plans.parts import attention, latent_attention, mixer, mlp, packed_mlp, places, rule, whole
 from shardwise.spec import Rule
 
 SHARED = "layers.*.mlp.shared_experts"
-INDEXER = "layers.*.self_attn.indexer"
 _STATE_SPACE = "a state-space mixer, computed whole"
 _LINEAR = "linear attention, computed whole"
-_INDEXER_WHOLE = "small, and every rank needs the same choice of tokens"
 
 
 def afmoe(model: nn.Module, prefix: str, size: int) -> list[Rule]:
@@ -27,11 +25,6 @@ def latent(model: nn.Module, prefix: str, size: int) -> list[Rule]:
     return latent_attention(model, prefix)
 
 
-def indexed(model: nn.Module, prefix: str, size: int) -> list[Rule]:
-    """Latent attention with an indexer that chooses the tokens to attend to."""
-    return [*latent_attention(model, prefix), *whole(model, prefix, INDEXER, _INDEXER_WHOLE)]
-
-
 def plain_attention(model: nn.Module, prefix: str, size: int) -> list[Rule]:
     """Attention, and sinks where it has them."""
     return attention(model, prefix)
@@ -42,9 +35,10 @@ def shared_experts(model: nn.Module, prefix: str, size: int) -> list[Rule]:
     return mlp(prefix, SHARED)
 
 
-def attention_and_shared_experts(model: nn.Module, prefix: str, size: int) -> list[Rule]:
-    """Attention and shared experts."""
-    return [*attention(model, prefix), *mlp(prefix, SHARED)]
+def glm4_moe_lite(model: nn.Module, prefix: str, size: int) -> list[Rule]:
+    """Shared experts, and the queries of a model that does not compress them."""
+    queries = [f"{prefix}{place}.q_proj" for place in places(model, "layers.*.self_attn", having="q_proj")]
+    return [*mlp(prefix, SHARED), *(rule(query, "colwise") for query in queries)]
 
 
 def shared_expert(model: nn.Module, prefix: str, size: int) -> list[Rule]:
@@ -62,17 +56,13 @@ def granite(model: nn.Module, prefix: str, size: int) -> list[Rule]:
 
 
 def hunyuan(model: nn.Module, prefix: str, size: int) -> list[Rule]:
-    """Attention, dense MLPs, the shared MLP beside the experts."""
-    return [*attention(model, prefix), *mlp(prefix, "layers.*.mlp"), *mlp(prefix, "layers.*.mlp.shared_mlp")]
+    """Attention and the shared MLP beside the experts."""
+    return [*attention(model, prefix), *mlp(prefix, "layers.*.mlp.shared_mlp")]
 
 
 def minimax_m3(model: nn.Module, prefix: str, size: int) -> list[Rule]:
     """Fused MLPs, dense and shared."""
-    return [
-        *packed_mlp(prefix, "layers.*.mlp"),
-        *packed_mlp(prefix, SHARED),
-        *whole(model, prefix, INDEXER, _INDEXER_WHOLE),
-    ]
+    return [*packed_mlp(prefix, "layers.*.mlp"), *packed_mlp(prefix, SHARED)]
 
 
 def lfm2(model: nn.Module, prefix: str, size: int) -> list[Rule]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from shardwise.heads import heads_of
-from shardwise.plans.parts import rule, whole
+from shardwise.plans.parts import rule
 from shardwise.spec import Rule
 
 
@@ -14,9 +14,10 @@ def rules(model: nn.Module, prefix: str, size: int) -> list[Rule]:
     attention = f"{prefix}layers.*.self_attn"
     heads = next((heads_of(module) for name, module in model.named_modules() if name.endswith(".self_attn")), None)
     if heads is None or heads.shared(size):
-        return whole(
-            model, prefix, "layers.*.self_attn", "a shared KV head's values would enter the dynamic mask more than once"
-        )
+        shared = "a KV head that ranks share would enter the dynamic mask more than once"
+        return [
+            rule(f"{attention}.{child}", "replicate", shared) for child in ("q_proj", "k_proj", "v_proj", "dt_proj", "o_proj")
+        ]
     reason = "the mask's rows belong to the local KV heads; the model's plan leaves them all on every rank"
     return [
         rule(f"{attention}.dt_proj", "rowwise_scatter_output", reason),

@@ -57,20 +57,21 @@ def latent_attention(model: nn.Module, prefix: str, path: str = "layers.*.self_a
     The latent projections are small and read by all heads, so they stay whole.
     """
     latent = "a latent that all heads read"
-    found: list[Rule] = []
-    for place in places(model, path, having="kv_b_proj"):
-        name = prefix + place
-        found += [rule(f"{name}.{child}", "colwise") for child in ("q_proj", "q_b_proj", "kv_b_proj", *also)]
-        found += [
-            rule(f"{name}.q_a_proj", "replicate", latent),
-            rule(f"{name}.kv_a_proj_with_mqa", "mla_kv_a_proj", latent),
-            rule(f"{name}.o_proj", "rowwise"),
-        ]
-    return found
+    styles = dict.fromkeys(("q_proj", "q_b_proj", "kv_b_proj", *also), ("colwise", MISSING)) | {
+        "q_a_proj": ("replicate", latent),
+        "kv_a_proj_with_mqa": ("mla_kv_a_proj", latent),
+        "o_proj": ("rowwise", MISSING),
+    }
+    return [
+        rule(f"{prefix}{place}.{child}", style, reason)
+        for place in places(model, path, having="kv_b_proj")
+        for child, (style, reason) in styles.items()
+        if _has(model, place, child)
+    ]
 
 
 def mlp(prefix: str, path: str, up: Sequence[str] = ("gate_proj", "up_proj"), down: str = "down_proj") -> list[Rule]:
-    """An MLP: what leads into its width column-wise, what leads out row-wise."""
+    """An MLP: what leads into its width column-wise, what leads out row-wise. Its names decide, so it may be in some layers."""
     return [*(rule(f"{prefix}{path}.{child}", "colwise") for child in up), rule(f"{prefix}{path}.{down}", "rowwise")]
 
 
@@ -86,7 +87,7 @@ def mixer(model: nn.Module, prefix: str, path: str, reason: str, gathered: Seque
     """A mixer that is computed whole on every rank: of its projections called `gathered` the weights are cut and the outputs
     gathered, every other parameter at and below `path` is kept whole on purpose.
     """
-    cut = {f"{place}.{child}" for place in places(model, path, having) for child in gathered}
+    cut = {f"{place}.{child}" for place in places(model, path, having) for child in gathered if _has(model, place, child)}
     return [
         *(rule(prefix + name, "colwise_gather_output", reason) for name in sorted(cut)),
         *(found for found in whole(model, prefix, path, reason, having) if not _below(found.pattern, prefix, cut)),
@@ -101,6 +102,11 @@ def whole(model: nn.Module, prefix: str, path: str, reason: str, having: str = "
         below = dict.fromkeys(map(wildcard, names) if "*" in place else names)
         found += [name for name in below if name.startswith(f"{place}.")]
     return [rule(prefix + name, "replicate", reason) for name in found]
+
+
+def _has(model: nn.Module, place: str, child: str) -> bool:
+    wanted = f"{place}.{child}"
+    return any(wanted in (name, wildcard(name)) for name, _ in model.named_modules())
 
 
 def _below(pattern: str, prefix: str, modules: set[str]) -> bool:
