@@ -1,0 +1,20 @@
+"""A rank that the demo has started: `python -m shardwise.demo run|reload SETTINGS`."""
+
+from __future__ import annotations
+
+import sys
+
+from shardwise.demo.measure import reload
+from shardwise.demo.quiet import quiet
+from shardwise.demo.run import run
+from shardwise.demo.settings import Settings
+from shardwise.launch import follow_parent
+
+if __name__ == "__main__":
+    follow_parent()
+    job, settings = sys.argv[1], Settings.from_json(sys.argv[2])
+    with quiet():
+        if job == "reload":
+            reload(settings)
+            sys.exit(0)
+        sys.exit(run(settings))

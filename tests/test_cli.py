@@ -1,0 +1,131 @@
+"""The command line: its options, what it prints, and how it fails."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig
+from typer.testing import CliRunner
+
+import shardwise
+from shardwise import cli
+from shardwise.demo.settings import Settings
+
+OPTIONS = {
+    (): {"--version", "--help"},
+    ("demo",): {"--tp", "--steps", "--output", "--seed", "--text", "--fast", "--help"},
+    ("plan",): {"--tp", "--html", "--help"},
+}
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """A folder with nothing in it but the config of a Llama with 4 KV heads."""
+    LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4
+    ).save_pretrained(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """The exit code of the program, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["shardwise", *map(str, arguments)])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    return int(left.value.code or 0)
+
+
+@pytest.mark.parametrize("command", OPTIONS, ids=lambda command: " ".join(command) or "shardwise")
+def test_options_are_these(command: tuple[str, ...]) -> None:
+    """Guards: an option that appears, vanishes or is renamed without anyone deciding so."""
+    result = CliRunner().invoke(cli.app, [*command, "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
+    assert result.exit_code == 0
+    shown = re.findall(r"^\W*(?:-\w[, ]+)?(--[a-z]+)|(?<=\s)(--[a-z]+)(?=\s{2,}|,? +-h\b)", result.output, re.MULTILINE)
+    assert {first or second for first, second in shown} == OPTIONS[command]
+
+
+def test_commands_are_these() -> None:
+    """Guards: a command that appears or vanishes without anyone deciding so."""
+    assert {command.name or command.callback.__name__ for command in cli.app.registered_commands} == {"demo", "plan"}
+
+
+def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards: a version that is written down twice and drifts apart."""
+    assert run(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"shardwise {shardwise.__version__}\n"
+
+
+def test_plan_of_a_folder(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards: `plan` reading weights (there are none here), or showing full shapes as local ones."""
+    page = tmp_path / "plan.html"
+    assert run(monkeypatch, "plan", tiny, "--tp", 2, "--html", page) == 0
+    shown = capsys.readouterr().out
+    row = next(line for line in shown.splitlines() if "gate_proj" in line)
+    assert "48 x 32" in row
+    assert "24 x 32" in row
+    assert "colwise" in row
+    assert "gate_proj" in page.read_text(encoding="utf-8")
+
+
+def test_plan_of_a_model_type(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards: a model type taken for a hub id, which would ask the network."""
+    assert run(monkeypatch, "plan", "qwen3", "--tp", 2) == 0
+    assert "q_proj" in capsys.readouterr().out
+
+
+def test_unknown_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards: a traceback, or a network error alone, for a name that is mistyped."""
+    assert run(monkeypatch, "plan", "lama", "--tp", 2) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "Traceback" not in captured.err
+    assert re.search(r"lama: no directory .*\n(.*\n)*.*\bllama\b", captured.err)
+
+
+@pytest.mark.parametrize("arguments", [("plan", "TINY", "--tp", 5), ("demo", "--tp", 5)], ids=["plan", "demo"])
+def test_sizes_that_cannot_be(
+    arguments: tuple[object, ...],
+    tiny: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Guards: heads that do not divide being reported by workers, as tracebacks, after seconds; or not at all."""
+    monkeypatch.delenv("RANK", raising=False)
+    assert run(monkeypatch, *(tiny if a == "TINY" else a for a in arguments)) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("PlanError: model.layers.0.")
+    assert "tp=5" in message
+    assert "Traceback" not in message
+
+
+def test_a_failed_check_is_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: the demo's answer lost on its way to the shell; and its default size taken from nowhere."""
+    asked: list[Settings] = []
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for code in (0, 1):
+        monkeypatch.setattr(cli, "start", lambda settings, code=code: asked.append(settings) or code)
+        assert run(monkeypatch, "demo", "--fast", "--steps", 12) == code
+    assert asked == [Settings(tp=2, steps=12, fast=True)] * 2
+
+
+def test_torchrun_decides_the_size(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards: ranks that torchrun has started each starting their own, or running at another size than was asked for."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert run(monkeypatch, "demo", "--tp", 2) == 1
+    assert "--tp 2 was asked for, and 4 processes" in capsys.readouterr().err
+
+
+def test_runs_as_a_module(tiny: Path) -> None:
+    """Guards: an import that only works in the test process."""
+    done = subprocess.run(
+        [sys.executable, "-m", "shardwise.cli", "plan", str(tiny), "--tp", "4"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "12 x 32" in done.stdout
