@@ -10,6 +10,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 
 def block(name: str) -> str:
+    """The README's code block behind the comment `name`."""
     found = re.search(rf"<!-- {name} -->\n```\w*\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     assert found is not None, name
     return found[1]

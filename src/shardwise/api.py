@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 from shardwise.coverage import check_coverage
 from shardwise.errors import PlanError, describe
 from shardwise.generation import same_random_state
-from shardwise.hf import base_prefix, build_on_meta, model_rules
+from shardwise.hf import base_prefix, build_on_meta, has_expert_plan, model_rules
 from shardwise.mesh import local_device, tp_mesh
 from shardwise.model import ShardedModel
 from shardwise.parallelize import apply_plan, refuse_parallel, remove_plan, state_of
@@ -47,13 +47,7 @@ def make_plan(
     model = build_on_meta(model_or_config) if isinstance(model_or_config, PreTrainedConfig) else model_or_config
     if isinstance(plan, Plan):
         return plan
-    if ep_size not in (None, 1, tp_size):
-        raise PlanError(
-            describe(
-                f"ep_size={ep_size} is not possible with tp_size={tp_size}.",
-                either=[f"ep_size={tp_size}: the experts are dealt to all ranks, or", "leave it out: every expert is split"],
-            )
-        )
+    _check_experts(model, tp_size, ep_size)
     rules = model_rules(model, tp_size, expert_parallel=ep_size is not None and ep_size > 1)
     table = resolve(model, [*rules, *_user_rules(model, plan)], tp_size)
     check_coverage(model, table)
@@ -104,6 +98,28 @@ def unparallelize(model: nn.Module) -> nn.Module:
     meet(mesh, "unparallelize")
     remove_plan(model, lambda row, tensor: gather_full(row, tensor, mesh))
     return model
+
+
+def _check_experts(model: nn.Module, tp_size: int, ep_size: int | None) -> None:
+    if ep_size in (None, 1):
+        return
+    if ep_size != tp_size:
+        raise PlanError(
+            describe(
+                f"ep_size={ep_size} is not possible with tp_size={tp_size}.",
+                either=[f"ep_size={tp_size}: the experts are dealt to all ranks, or", "leave it out: every expert is split"],
+            )
+        )
+    if not has_expert_plan(model):
+        raise PlanError(
+            describe(
+                f"{type(model).__name__} brings no rules for expert parallelism, so ep_size={ep_size} would do nothing.",
+                either=[
+                    "leave ep_size out: every expert is split, or",
+                    'give the experts "grouped_gemm" and "ep_dispatch_experts"',
+                ],
+            )
+        )
 
 
 def _user_rules(model: nn.Module, plan: str | Mapping[str, str]) -> list[Rule]:

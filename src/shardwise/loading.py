@@ -20,7 +20,7 @@ from shardwise.api import PlanLike, make_plan, parallelize
 from shardwise.checkpoint import find_checkpoint, open_checkpoint
 from shardwise.errors import MismatchError, ShardwiseError, describe
 from shardwise.generation import same_random_state
-from shardwise.hf_loading import attach_generation_config, load_lazily, resolve_model_class
+from shardwise.hf import attach_generation_config, load_lazily, resolve_model_class
 from shardwise.lazy import LazyTensor, read_into
 from shardwise.mesh import local_device, tp_mesh
 from shardwise.model import ShardedModel

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shardwise.errors import CheckpointError, ShardwiseError, describe
-from shardwise.hf_saving import checkpoint_tensors, description_files
+from shardwise.hf import checkpoint_tensors, description_files
 from shardwise.lazy import Box, LazyTensor, lazy, read
 from shardwise.mesh import is_first_replica
 from shardwise.parallelize import required_state

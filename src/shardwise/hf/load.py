@@ -13,8 +13,8 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from shardwise.hf_loading.auto import refuse_quantized
-from shardwise.hf_loading.checks import Outcome, check
+from shardwise.hf.auto import refuse_quantized
+from shardwise.hf.checks import Outcome, check
 from shardwise.lazy import LazyTensor
 
 

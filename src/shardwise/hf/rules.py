@@ -1,4 +1,4 @@
-"""What we need to know of transformers' models: their plans, their names. (Loading through transformers is `hf_loading.py`.)"""
+"""The plans that transformers' models bring, and the names in them."""
 
 from __future__ import annotations
 

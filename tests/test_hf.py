@@ -22,8 +22,8 @@ from transformers import (
 
 from shardwise.checkpoint import find_checkpoint, open_checkpoint
 from shardwise.errors import CheckpointError
-from shardwise.hf_loading import attach_generation_config, load_lazily, resolve_model_class
-from shardwise.hf_loading.checks import missing_in_rows
+from shardwise.hf import attach_generation_config, load_lazily, resolve_model_class
+from shardwise.hf.checks import missing_in_rows
 from shardwise.lazy import Box, LazyTensor, read
 
 COMMON = {

@@ -1,0 +1,27 @@
+"""The only place that touches transformers' internals: its models' plans, its loading, its saving.
+
+| | |
+|---|---|
+| `rules` | the plan that a model brings |
+| `auto` | which class an Auto class stands for, generation config |
+| `load`, `checks` | a model made of lazy tensors, and whether the checkpoint fitted it |
+| `saving` | which tensors a checkpoint has, under which names |
+"""
+
+from shardwise.hf.auto import attach_generation_config, refuse_quantized, resolve_model_class
+from shardwise.hf.load import load_lazily
+from shardwise.hf.rules import base_prefix, build_on_meta, has_expert_plan, model_rules
+from shardwise.hf.saving import checkpoint_tensors, description_files
+
+__all__ = [
+    "attach_generation_config",
+    "base_prefix",
+    "build_on_meta",
+    "checkpoint_tensors",
+    "description_files",
+    "has_expert_plan",
+    "load_lazily",
+    "model_rules",
+    "refuse_quantized",
+    "resolve_model_class",
+]
