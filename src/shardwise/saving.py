@@ -56,6 +56,7 @@ def save_pretrained(
     Raises `MissingRankError` when some rank does not call it, and `CheckpointError`, on every rank, when writing fails.
     """
     _refuse(model, unused)
+    directory = os.fspath(save_directory)  # on every rank: what is wrong with it must not be news to the first one only
     mesh = required_state(model).mesh
     meet(mesh, "save_pretrained", timeout)
     tensors = checkpoint_tensors(model, dict(_lazy_shards(model)), save_original_format)
@@ -63,7 +64,7 @@ def save_pretrained(
         [Entry(n, t.dtype, tuple(t.shape)) for n, t in tensors.items()], max_shard_size=max_shard_size, variant=variant
     )
     writes = mesh.get_local_rank() == 0 and is_first_replica(mesh)
-    writer = CheckpointWriter(save_directory, plan) if writes else None
+    writer = CheckpointWriter(directory, plan) if writes else None
     _Save(model, mesh, plan, tensors, writer).run()
 
 
@@ -120,7 +121,7 @@ class _Save:
                     break
                 tensor = read(self.tensors[entry.name], tuple((0, length) for length in entry.shape))
                 failure = self._write(entry, tensor)
-            failure = failure or self._close(stack)
+            failure = self._close(stack, failure)
         if self._failed(failure):
             raise failure or CheckpointError(
                 "save_pretrained: the writing rank failed; its own message says why. The earlier checkpoint is whole."
@@ -134,12 +135,13 @@ class _Save:
             return error
         return None
 
-    def _close(self, stack: contextlib.ExitStack) -> Exception | None:
+    def _close(self, stack: contextlib.ExitStack, failure: Exception | None) -> Exception | None:
+        """End the writer's block, which publishes the files only where nothing failed."""
         try:
-            stack.close()
+            stack.__exit__(type(failure) if failure else None, failure, failure.__traceback__ if failure else None)
         except Exception as error:
-            return error
-        return None
+            return failure or error
+        return failure
 
     def _failed(self, failure: Exception | None) -> bool:
         """Whether the writing rank has failed, as it tells the others, so that none is left waiting."""
