@@ -46,11 +46,11 @@ class Numbers:
     tokens: Tensor
 
 
-def numbers(name: str, plan: Mapping[str, str] | None, options: Mapping[str, object]) -> Numbers:
+def numbers(name: str, plan: Mapping[str, str] | None, options: Mapping[str, object], ep_size: int | None = None) -> Numbers:
     """Of the tiny model, in this process, or with a plan ({}: the automatic one) on all ranks."""
     model = build(name, **options).train()
     if plan is not None:
-        shardwise.parallelize(model, plan=plan)
+        shardwise.parallelize(model, plan=plan, ep_size=ep_size)
     ids, seen = torch.randint(3, 127, (2, 12), generator=torch.Generator().manual_seed(1)), []
     for batch in (ids, ids.flip(1)):
         torch.manual_seed(0)  # for a router that draws
@@ -70,9 +70,11 @@ def errors(actual: Numbers, expected: Numbers) -> tuple[float, float]:
     return (actual.logits - expected.logits).abs().max().item(), gradient_error(actual.gradients, expected.gradients)
 
 
-def compare(pool: RankPool, name: str, plan: Mapping[str, str], **options: object) -> tuple[float, float]:
+def compare(
+    pool: RankPool, name: str, plan: Mapping[str, str], ep_size: int | None = None, **options: object
+) -> tuple[float, float]:
     """The errors on the ranks of `pool`, and greedy tokens that must be the same."""
-    actual, expected = pool.run(numbers, name, plan, options)[0], numbers(name, None, options)
+    actual, expected = pool.run(numbers, name, plan, options, ep_size)[0], numbers(name, None, options)
     error = errors(actual, expected)
     assert max(error) > GRADIENTS or torch.equal(actual.tokens, expected.tokens)
     return error
@@ -193,6 +195,14 @@ def test_the_vocabulary_is_cut(name, tied):
     assert embedding.sharded
     assert plan["lm_head.weight"].sharded
     assert any(module.name == "lm_head" for module in plan.modules)
+
+
+@pytest.mark.parametrize("name", ["afmoe", "flint", "inkling_text", "nemotron_h", "qwen4_exp_text"])
+def test_corrected_models_with_experts_dealt_to_ranks(name, pool2):
+    """Guards: a correction of how each expert is split that is kept when whole experts are dealt."""
+    logits, gradient = compare(pool2, name, {}, ep_size=2)
+    assert logits < LOGITS
+    assert gradient < GRADIENTS
 
 
 def test_layers_that_differ(pool2):

@@ -21,11 +21,11 @@ def model_rules(model: nn.Module, size: int, expert_parallel: bool = False) -> l
     """
     if not isinstance(model, PreTrainedModel):
         return []
-    own = dict(model._tp_plan or {})
-    if expert_parallel:
-        own |= dict(model._ep_plan or {})
-    rules = [Rule(pattern, style, "model") for pattern, style in own.items()]
-    return rules + _vocabulary(model, rules) + _corrections(model, size) if rules else _corrections(model, size)
+    own, experts = dict(model._tp_plan or {}), dict(model._ep_plan or {}) if expert_parallel else {}
+    rules = [Rule(pattern, style, "model") for pattern, style in (own | experts).items()]
+    added = _vocabulary(model, rules) if rules else []
+    # A correction of how experts are split is none of how they are dealt.
+    return rules + added + [rule for rule in _corrections(model, size) if rule.pattern not in experts]
 
 
 def has_expert_plan(model: nn.Module) -> bool:
