@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedModel
 
+_PART_BYTES = 4 * 2**20
+
 
 def save_pretrained(
     model: PreTrainedModel,
@@ -119,13 +121,28 @@ class _Save:
             for entry in self.plan.entries:
                 if self._failed(failure):
                     break
-                tensor = read(self.tensors[entry.name], tuple((0, length) for length in entry.shape))
-                failure = self._write(entry, tensor)
+                failure = self._write(entry, self._read(entry))  # not named: it would stay while the next one is read
             failure = self._close(stack, failure)
         if self._failed(failure):
             raise failure or CheckpointError(
                 "save_pretrained: the writing rank failed; its own message says why. The earlier checkpoint is whole."
             )
+
+    def _read(self, entry: Entry) -> Tensor:
+        """The full tensor on the writing rank. A large one is gathered some rows at a time, so that copies on the way are
+        small; the other ranks only ever hold such a part.
+        """
+        columns = tuple((0, length) for length in entry.shape[1:])
+        if entry.nbytes <= _PART_BYTES:
+            return read(self.tensors[entry.name], ((0, entry.shape[0]), *columns) if entry.shape else ())
+        full = torch.empty(entry.shape if self.writer is not None else (), dtype=entry.dtype)
+        step = max(1, _PART_BYTES * entry.shape[0] // entry.nbytes)
+        for start in range(0, entry.shape[0], step):
+            stop = min(start + step, entry.shape[0])
+            part = read(self.tensors[entry.name], ((start, stop), *columns))
+            if self.writer is not None:
+                full[start:stop] = part
+        return full
 
     def _write(self, entry: Entry, tensor: Tensor) -> Exception | None:
         try:
