@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Sta
 import shardwise
 from blocks import ATTENTION_PLAN, Attention, tp_axis, under
 from shardwise.collectives import gather_from_tp
+from shardwise.layers import region
 
 TINY = {
     "hidden_size": 32,
@@ -93,6 +94,20 @@ def test_evaluation_is_untouched(config, pool2):
     """Guards: random numbers drawn, or heads that differ, without dropout. So the check above bites."""
     for found in pool2.run(_masks, config, False):
         assert found == {name: name != "used" for name in found}
+
+
+def _broken(config: LlamaConfig, method: str) -> dict[str, bool]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(region._RandomState, method, lambda *arguments: None)
+        return _masks(config, True)
+
+
+def test_the_check_of_masks_bites(pool2):
+    """Guards: a check that passes with the defects: one stream for all heads, and streams that stay apart behind them."""
+    for alike, apart in zip(pool2.run(_broken, STARCODER, "diverge"), pool2.run(_broken, STARCODER, "restore"), strict=True):
+        assert alike["heads"]
+        assert not apart["stream"]
+        assert not apart["hidden 2"]
 
 
 def _gradients(config: LlamaConfig, checkpointing: str) -> dict[str, Tensor]:
