@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from rich.text import Text
 
@@ -14,11 +15,17 @@ _MARK = "●"
 
 @dataclass(frozen=True)
 class Curve:
-    """A series to draw, one value a step; as a line, or as marks that a line of the same values can be seen between."""
+    """A series to draw, one value a step.
+
+    Args:
+        values: what to draw.
+        style: rich's word for the colour.
+        kind: a line, its points alone, or marks between which a line of the same values can be seen.
+    """
 
     values: Sequence[float]
     style: str
-    marks: bool = False
+    kind: Literal["line", "points", "marks"] = "line"
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,7 @@ def draw(curves: Sequence[Curve], axis: Axis, title: str, width: int, height: in
     cells: dict[tuple[int, int], tuple[str, str]] = {}
     columns = width - margin - 2
     for curve in curves:
-        cells.update(_marks(curve, axis, columns, height) if curve.marks else _line(curve, axis, columns, height))
+        cells.update(_marks(curve, axis, columns, height) if curve.kind == "marks" else _line(curve, axis, columns, height))
     beside = {0: labels[0], (height - 1) // 2: labels[1], height - 1: labels[2]}
     picture = Text(f"{'':{margin}}  {title[:columns]:<{columns}}\n", style="bold")
     for row in range(height):
@@ -61,7 +68,8 @@ def _line(curve: Curve, axis: Axis, columns: int, height: int) -> dict[tuple[int
     earlier = None
     for x in range(2 * columns):
         y = _dot(_at(curve.values, x / max(2 * columns - 1, 1)), axis, height)
-        for between in range(min(y, y if earlier is None else earlier), max(y, y if earlier is None else earlier) + 1):
+        start = y if earlier is None or curve.kind == "points" else earlier
+        for between in range(min(y, start), max(y, start) + 1):
             cell = (between // 4, x // 2)
             masks[cell] = masks.get(cell, 0) | _DOTS[between % 4][x % 2]
         earlier = y

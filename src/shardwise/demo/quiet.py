@@ -1,25 +1,29 @@
-"""Keep transformers' own progress bars and warnings off a screen that shows something else."""
+"""Keep progress bars and warnings of transformers and the hub off a screen that shows something else."""
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from transformers.utils import logging
+from huggingface_hub.utils import logging as hub
+from transformers.utils import logging as transformers
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Inside, transformers and Python's warnings are silent; afterwards they are as before."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    """Inside, transformers, the hub's client and Python's warnings are silent; afterwards they are as before."""
+    before, hub_before, bars = transformers.get_verbosity(), hub.get_verbosity(), transformers.is_progress_bar_enabled()
+    transformers.set_verbosity_error()
+    transformers.disable_progress_bar()
+    hub.set_verbosity(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.set_verbosity(verbosity)
+        transformers.set_verbosity(before)
+        hub.set_verbosity(hub_before)
         if bars:
-            logging.enable_progress_bar()
+            transformers.enable_progress_bar()

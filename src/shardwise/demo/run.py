@@ -14,9 +14,10 @@ from dataclasses import asdict
 import torch
 import torch.distributed as dist
 import transformers
+from rich.console import Console
 
 import shardwise
-from shardwise.demo.checks import Check, Measured, make_checks
+from shardwise.demo.checks import LOSS_CHECK, Check, Measured, make_checks
 from shardwise.demo.figure import save_figure
 from shardwise.demo.measure import Watcher, measure
 from shardwise.demo.settings import Settings, model_config
@@ -52,7 +53,10 @@ def start(settings: Settings) -> int:
     shardwise.plan(model_config(settings.size), settings.tp)
     command = [sys.executable, "-m", "shardwise.demo", "run", settings.to_json()]
     timeout = _SECONDS + _SECONDS_A_STEP * settings.total_steps
-    return 1 if run_as_ranks(command, settings.tp, timeout=timeout, environment=_ON_CPU) else 0
+    try:
+        return 1 if run_as_ranks(command, settings.tp, timeout=timeout, environment=_ON_CPU) else 0
+    finally:
+        Console().show_cursor()  # rank 0 may have been ended while its progress bar was hiding it
 
 
 def run(settings: Settings) -> int:
@@ -80,7 +84,7 @@ def run(settings: Settings) -> int:
 def conclude(settings: Settings, text: Text, found: Measured, screen: Screen, seconds: float) -> int:
     """Judge what was found, write the report and the picture, show everything; returns how many checks failed."""
     checks = make_checks(found, settings.size.loss_fall)
-    bound = next(check.bound for check in checks if check.name.startswith("loss, largest"))
+    bound = next(check.bound for check in checks if check.name == LOSS_CHECK)
     save_figure(found.trained, bound, settings.tp, settings.output / "loss.png")
     (settings.output / "report.json").write_text(json.dumps(report(settings, text, found, checks, seconds), indent=2))
     shutil.rmtree(settings.work)

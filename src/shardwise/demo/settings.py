@@ -20,8 +20,8 @@ class Size:
         hidden, intermediate, layers: of the Llama, which has 8 heads and 4 KV heads.
         batch, length: sequences in a step, and tokens in each.
         steps, warmup: optimizer steps, and how many of them the learning rate takes to reach its peak.
-        learning_rate: the peak. A higher one learns no more in so few steps, and makes training chaotic: at 2e-3 two runs in
-            one process that differ by float32 noise are 2e-2 apart in loss after 50 steps, at 6e-4 they are 2e-5 apart after 160.
+        learning_rate: the peak. A higher one learns no more in so few steps, and makes training chaotic: at 2e-3, two runs in
+            one process that differ by float32 noise are 2e-2 apart in loss after 50 steps; at 6e-4, 2e-5 after 160.
         new_tokens: to generate at the end.
         loss_fall: nats per byte by which training must lower the loss, or the comparison would be about nothing.
     """

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text as RichText
 
-from shardwise.demo.checks import Check, Measured, Trained
+from shardwise.demo.checks import LOSS_CHECK, Check, Measured, Trained
 from shardwise.demo.measure import NO_REPEAT
 from shardwise.demo.plot import Axis, Curve, draw
 from shardwise.demo.settings import Settings
@@ -20,7 +20,7 @@ from shardwise.demo.text import Text
 from shardwise.demo.train import Training
 
 WHOLE, SHARDED = "cyan", "magenta"
-_PLOT_HEIGHT = 9
+_PLOT_HEIGHT = 11
 _LINES_WITHOUT_TERMINAL = 8
 
 
@@ -93,9 +93,8 @@ class Screen:
     def result(self, found: Measured, checks: Sequence[Check], seconds: float) -> None:
         """Everything that came out, and the verdict."""
         self._progress.stop()
-        self.console.print(curves(found.trained, self.console.width))
-        self.console.print(check_table(checks))
-        self.console.print(resources(found))
+        bound = next(check.bound for check in checks if check.name == LOSS_CHECK)
+        self.console.print(curves(found.trained, bound, self.console.width), "", check_table(checks), "", resources(found))
         self.console.print(continuation(found))
         self.console.print(f"Written to {escape(str(self.settings.output))}: loss.png, report.json, checkpoint/")
         failed = [check for check in checks if not check.passed]
@@ -106,9 +105,8 @@ class Screen:
         )
         self.console.print(f"{verdict}, {seconds:.0f} s.")
         for check in failed:
-            self.console.print(
-                f"  [red]✗[/] {check.name}: {number(check.measured)}, at most {number(check.bound)} ({check.reason})"
-            )
+            self.console.print(f"  [red]✗[/] {check.name}: {number(check.measured)}, at most {number(check.bound)}")
+            self.console.print(f"    [dim]expected: {check.reason}[/]")
 
     def _replace_task(self, task: TaskID) -> None:
         if self._task is not None:
@@ -116,22 +114,22 @@ class Screen:
         self._task = task
 
 
-def curves(found: Trained, width: int) -> Table:
-    """The loss of both runs, and beside it how far they are apart, on a logarithmic axis."""
+def curves(found: Trained, bound: float, width: int) -> Table:
+    """The loss of both runs, and beside it how far they are apart, with the `bound` on that, on a logarithmic axis."""
     each = min(width, 110) // 2 - 1
     losses = [*found.whole.losses, *found.sharded.losses]
-    apart = [math.log10(max(abs(a - b), 1e-9)) for a, b in zip(found.sharded.losses, found.whole.losses, strict=True)]
+    apart = [math.log10(max(abs(a - b), 1e-8)) for a, b in zip(found.sharded.losses, found.whole.losses, strict=True)]
     loss = draw(
-        [Curve(found.whole.losses, WHOLE), Curve(found.sharded.losses, SHARDED, marks=True)],
+        [Curve(found.whole.losses, WHOLE), Curve(found.sharded.losses, SHARDED, "marks")],
         Axis(min(losses), max(losses), lambda value: f"{value:.1f}"),
         "loss: ── one process  ● sharded",
         each,
         _PLOT_HEIGHT,
     )
     difference = draw(
-        [Curve(apart, "yellow")],
-        Axis(-9, 0, lambda value: f"{10**value:.0e}"),
-        "difference of the two losses",
+        [Curve([math.log10(bound)] * len(apart), "red"), Curve(apart, "yellow", "points")],
+        Axis(-8, 0, lambda value: f"1e{value:+.0f}"),
+        f"their difference, at most {bound:g}",
         each,
         _PLOT_HEIGHT,
     )
