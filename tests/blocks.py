@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -18,11 +19,23 @@ import shardwise
 from shardwise.layout import Sharded
 from shardwise.parallelize import required_state
 from shardwise.plan import Plan
+from shardwise.testing import RankError
 
 
 def tp_axis() -> DeviceMesh:
     """All ranks as the tp axis."""
     return init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+
+
+def x(*shape: int) -> Tensor:
+    """Random float64."""
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def fails(check: Callable[[], None]) -> None:
+    """The check bites: it raises, with a defect in place."""
+    with pytest.raises((AssertionError, RankError)):
+        check()
 
 
 def randomize(module: nn.Module) -> nn.Module:
