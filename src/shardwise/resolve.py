@@ -6,12 +6,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 
 import torch
 from torch import nn
 
-from shardwise.errors import PlanError, describe
+from shardwise import problems
 from shardwise.heads import Heads, heads_of, runs_over_kv
 from shardwise.layers import Cut, Local, LocalParamsParallel, ParallelStyle, Replicate, stores_transposed
 from shardwise.layers.linear import ColwiseGatherOutput, LinearStyle, RowwiseSplitInput
@@ -61,7 +60,7 @@ class _Resolver:
                 if rule.matches(n)
             ]
             if not hits and rule.source == "user":
-                raise _matches_nothing(rule, families)
+                raise problems.matches_nothing(rule, families)
             for name in hits:
                 self.rules[name] = rule
 
@@ -73,7 +72,8 @@ class _Resolver:
         for tied in names.values():
             rows = [self._row(name) for name in tied]
             said = [row for row in rows if row.rule is not None] or rows[:1]
-            self._check_ties(said)
+            if other := next((row for row in said if row.layout != said[0].layout), None):
+                raise problems.cut_differently(said[0], other)
             yield replace(said[0], name=tied[0], aliases=tuple(tied[1:]))
 
     def module_rows(self, rows: dict[str, ShardSpec]) -> Iterator[ModuleSpec]:
@@ -105,14 +105,14 @@ class _Resolver:
         if rule is not None:
             style = style_named(rule.style, str(rule))
             if name not in self.rules and (problem := style.refuses(self.modules[parent])):
-                raise _refused(parent, problem, rule)
+                raise problems.refused(parent, problem, rule)
             layout = self._layout(name, style, rule, tensor) if name in self.tensors else Replicated()
             partial = style.gradient_is_partial and name in self.tensors
         return ShardSpec(name, shape, tensor.dtype, layout, partial, name in self.buffers, rule)
 
     def _check_module(self, name: str, module: nn.Module, rule: Rule | None) -> None:
         if rule is not None and not _direct(module) and (problem := style_named(rule.style, str(rule)).refuses(module)):
-            raise _refused(name, problem, rule)
+            raise problems.refused(name, problem, rule)
         if heads_of(module) is None:
             return
         rules = {c: self.rules.get(_join(name, c)) for c in _PROJECTIONS if module._modules.get(c) is not None}
@@ -120,7 +120,7 @@ class _Resolver:
         whole = [child for child, style in styles.items() if issubclass(style, Replicate | ColwiseGatherOutput)]
         local = [child for child, style in styles.items() if _ends_at_heads(style)]
         if whole and local:
-            raise _torn_apart(name, {child: rules[child] for child in (*local, *whole)}, local, whole)
+            raise problems.torn_apart(name, {child: rules[child] for child in (*local, *whole)}, local, whole)
 
     def _layout(self, name: str, style: type[ParallelStyle], rule: Rule, tensor: torch.Tensor) -> Layout:
         shape = tuple(tensor.shape)
@@ -132,33 +132,12 @@ class _Resolver:
         cut = rule.cut
         if cut is None and heads is not None and (where := plain.cut(shape)) is not None and _ends_at_heads(style):
             if problem := heads.problem(self.size):
-                raise _heads_problem(name if name in self.rules else owner, problem, rule, heads, self.size)
+                raise problems.heads(name if name in self.rules else owner, problem, rule, heads, self.size)
             cut = _head_cut(heads, target[2], shape[where[0]], self.size)
         layout = style.layout(shape, replace(cut, transposed=transposed)) if cut is not None else plain
         if problem := layout.problem(shape, self.size):
-            raise PlanError(
-                describe(
-                    f"{name}: {problem}, of shape {shape}.",
-                    rule=str(rule),
-                    either=["a tp_size that its units divide, or", f'tp_plan={{"{owner}": "replicate"}} to keep it whole'],
-                )
-            )
+            raise problems.uncuttable(name, problem, shape, rule)
         return layout
-
-    def _check_ties(self, rows: list[ShardSpec]) -> None:
-        for other in rows[1:]:
-            if other.layout != rows[0].layout:
-                first = rows[0]
-                raise PlanError(
-                    describe(
-                        f"{first.name} and {other.name} are one tied parameter, and their rules cut it differently.",
-                        rules=[f"{first.rule}   -> {first.layout}", f"{other.rule}   -> {other.layout}"],
-                        either=[
-                            "give both a style that cuts the same dim (embedding_rowwise with colwise_gather_output), or",
-                            "untie them in the config",
-                        ],
-                    )
-                )
 
     def _attributes(
         self, name: str, module: nn.Module, style: type[ParallelStyle], own: dict[str, ShardSpec]
@@ -239,48 +218,3 @@ def _read(module: nn.Module, attribute: str) -> object:
     for part in attribute.split("."):
         value = getattr(value, part, None)
     return value
-
-
-def _refused(name: str, problem: str, rule: Rule) -> PlanError:
-    way_out = ["give it another style, or", f'tp_plan={{"{wildcard(name)}": "replicate"}} to keep it whole']
-    return PlanError(describe(f"{name}: {problem}.", rule=str(rule), either=way_out))
-
-
-def _torn_apart(name: str, rules: dict[str, Rule | None], local: list[str], whole: list[str]) -> PlanError:
-    return PlanError(
-        describe(
-            f"{name}: {', '.join(local)} cut between heads and {', '.join(whole)} whole: heads would read other heads' values.",
-            rules=[str(rule) if rule else f"{child}: none" for child, rule in rules.items()],
-            either=[
-                "give all of them the style colwise (KV heads are shared by ranks where they are too few), or",
-                "keep all of them, and the output projection, whole: replicate",
-            ],
-        )
-    )
-
-
-def _heads_problem(owner: str, problem: str, rule: Rule, heads: Heads, size: int) -> PlanError:
-    sizes = ", ".join(str(n) for n in heads.possible())
-    parent = owner.rpartition(".")[0]
-    return PlanError(
-        describe(
-            f"{owner}: {problem}.",
-            rule=str(rule),
-            either=[
-                f"a tp_size of {sizes}, or",
-                f'tp_plan={{"{wildcard(parent)}.<each projection>": "replicate"}} to keep attention whole',
-            ],
-        )
-    )
-
-
-def _matches_nothing(rule: Rule, families: dict[str, list[str]]) -> PlanError:
-    close = get_close_matches(wildcard(rule.pattern), families, n=3, cutoff=0.5)
-    return PlanError(
-        describe(
-            f"{rule.pattern!r} matches no module and no parameter.",
-            rule=str(rule),
-            **({"perhaps": close} if close else {}),
-            note="each * stands for exactly one segment of a dotted path",
-        )
-    )
