@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
-from transformers import MixtralConfig
+from transformers import GptOssConfig, Llama4TextConfig, MixtralConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
+from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 import shardwise
@@ -17,6 +19,7 @@ from blocks import (
     randomize,
     tp_axis,
     train,
+    under,
     weights_like,
     x,
 )
@@ -131,3 +134,64 @@ def test_identity_expert(size, threads):
             return self[0](hidden, ids, weights)
 
     check_parity(threads, size, randomize(Caller(ExpertsWithIdentity())), plan, (x(4, 6), x(4, 2)), (x(4, 6), x(4, 2)))
+
+
+class First(nn.Module):
+    """The first output of a block that also returns what its router found."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.block(hidden)[0].reshape(hidden.shape)
+
+
+def gpt_oss_block(implementation: str) -> nn.Module:
+    """The router and 4 experts of gpt-oss, with biases."""
+    config = GptOssConfig(hidden_size=8, intermediate_size=16, num_local_experts=4, num_experts_per_tok=2)
+    config._experts_implementation = implementation
+    return First(randomize(GptOssMLP(config))).train()
+
+
+BIASED = {
+    "router": "replicate",
+    "experts.gate_up_proj": "rowwise",
+    "experts.gate_up_proj_bias": "rowwise",
+    "experts.down_proj": "colwise",
+    "experts.down_proj_bias": "replicate",
+    "experts": "moe_tp_experts",
+}
+BIASED_DEALT = {
+    "router": "ep_router",
+    **{f"experts.{name}": "grouped_gemm" for name in ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")},
+    "experts": "ep_dispatch_experts",
+}
+
+
+@pytest.mark.parametrize(
+    ("plan", "implementation"),
+    [(BIASED, "eager"), (BIASED, "batched_mm"), (BIASED_DEALT, "eager"), (BIASED_DEALT, "batched_mm")],
+    ids=["tp-eager", "tp-batched", "ep-eager", "ep-batched"],
+)
+@pytest.mark.parametrize("size", [2, 4])
+def test_experts_with_biases(size, plan, implementation, threads):
+    """Guards: a bias that each rank adds to its part of the sum, or whose gradient some ranks lack; experts in eager mode that
+    do not skip other ranks' experts.
+    """
+    check_parity(
+        threads, size, gpt_oss_block(implementation), under("block", plan), (x(2, 5, 8),), (x(2, 5, 8),), tolerance=1e-5
+    )
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_experts_that_take_sorted_rows(size, threads):
+    """Guards: rows given to another rank's experts, where 4 experts are dealt to 3 ranks too; the router's gradient."""
+    config = Llama4TextConfig(hidden_size=8, intermediate_size=16, num_local_experts=4, num_experts_per_tok=1)
+    plan = {
+        "experts.gate_up_proj": "grouped_gemm",
+        "experts.down_proj": "grouped_gemm",
+        "experts": "ep_sorted_experts",
+    }
+    block = First(randomize(Llama4TextMoe(config))).train()
+    check_parity(threads, size, block, under("block", plan), (x(2, 5, 8),), (x(2, 5, 8),), tolerance=1e-5)

@@ -10,7 +10,8 @@
 | `replicate`, `replicated_with_grad_allreduce` | `Replicate`, `ReplicatedWithGradAllReduce` |
 | `local_params`, `all_reduce` | `LocalParamsParallel`, `AllReduceParallel` |
 | `sequence_parallel`, `mla_kv_a_proj` | `SequenceParallel`, `MlaKvAProjParallel` |
-| `moe_tp_experts`, `moe_identity_expert`, `grouped_gemm`, `ep_router`, `ep_dispatch_experts` | `MoeExpertsParallel`, ... |
+| `moe_tp_experts`, `moe_identity_expert`, `grouped_gemm`, `ep_router` | `MoeExpertsParallel`, ... |
+| `ep_dispatch_experts`, `ep_sorted_experts` | `EpDispatchExperts`, `EpSortedExperts` |
 """
 
 from __future__ import annotations
@@ -29,7 +30,14 @@ from shardwise.layers.base import (
     sum_gradient,
 )
 from shardwise.layers.embedding import EmbeddingColwise, EmbeddingRowwise
-from shardwise.layers.experts import EpDispatchExperts, EpRouter, GroupedGemm, MoeExpertsParallel, MoeIdentityExpert
+from shardwise.layers.experts import (
+    EpDispatchExperts,
+    EpRouter,
+    EpSortedExperts,
+    GroupedGemm,
+    MoeExpertsParallel,
+    MoeIdentityExpert,
+)
 from shardwise.layers.linear import (
     ColwiseGatherOutput,
     ColwiseParallel,
@@ -74,6 +82,7 @@ STYLES: MappingProxyType[str, type[ParallelStyle]] = MappingProxyType(
         "grouped_gemm": GroupedGemm,
         "ep_router": EpRouter,
         "ep_dispatch_experts": EpDispatchExperts,
+        "ep_sorted_experts": EpSortedExperts,
     }
 )
 
@@ -87,6 +96,7 @@ __all__ = [
     "EmbeddingRowwise",
     "EpDispatchExperts",
     "EpRouter",
+    "EpSortedExperts",
     "GroupedGemm",
     "Local",
     "LocalConfig",

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardwise.collectives import copy_to_tp, reduce_from_tp
+from shardwise.collectives import copy_to_tp, gather_from_tp, reduce_from_tp, scatter_to_tp
 from shardwise.layers.base import Cut, Local, ParallelStyle
 from shardwise.layers.replicated import Replicate
 from shardwise.layout import Layout, Shape
@@ -29,6 +29,17 @@ class MoeExpertsParallel(ParallelStyle):
         args = tuple(_enter(value, mesh) for value in args)
         kwargs = {name: _enter(value, mesh) for name, value in kwargs.items()}
         return _sum(self._local(*args, **kwargs), mesh, [*args, *kwargs.values(), *self._parameters.values()])
+
+    @property
+    def down_proj_bias(self) -> Tensor:
+        """The bias of transformers' experts after which outputs are summed: where it is whole, only the first rank adds it.
+
+        The others add zeros with the same gradient, so that the parameter and its gradient are alike on all ranks.
+        """
+        bias = self._parameters.get("down_proj_bias")
+        if bias is None:
+            raise AttributeError(f"{type(self).__name__} has no down_proj_bias")
+        return bias if "down_proj_bias" in self._tp.sizes or self._tp.mesh.get_local_rank() == 0 else bias - bias.detach()
 
     def _local(self, *args: Any, **kwargs: Any) -> Any:
         """This rank's part of the output; all that is in `args` and `kwargs` is R."""
@@ -75,8 +86,7 @@ class EpDispatchExperts(MoeExpertsParallel):
 
     @classmethod
     def local_attributes(cls, module: nn.Module, local: Local) -> dict[str, int | None]:
-        stacked = next(name for name, parameter in module.named_parameters(recurse=False) if parameter.dim() == 3)
-        attributes: dict[str, int | None] = {"num_experts": local.shape(stacked)[0]}
+        attributes: dict[str, int | None] = {"num_experts": _stacked(module, local)}
         return attributes | ({"_is_expert_parallel": True} if hasattr(module, "_is_expert_parallel") else {})
 
     def _local(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -84,14 +94,43 @@ class EpDispatchExperts(MoeExpertsParallel):
         rank = self._tp.mesh.get_local_rank()
         ids = top_k_index - sum(sizes[:rank])
         elsewhere = (ids < 0) | (ids >= sizes[rank])
+        if getattr(self, "has_bias", False) and getattr(self.config, "_experts_implementation", "") == "eager":
+            # The loop over experts with biases (gpt-oss) has no place for ids of others: it gets the rows of its own alone.
+            tokens, slots = torch.where(~elsewhere)
+            own = super()._local(hidden_states[tokens], ids[tokens, slots, None], top_k_weights[tokens, slots, None])
+            return torch.zeros_like(hidden_states).index_add(0, tokens, own)
         ids = ids.masked_fill(elsewhere, sizes[rank])
         return super()._local(hidden_states, ids, top_k_weights.masked_fill(elsewhere, 0), *args, **kwargs)
+
+
+class EpSortedExperts(ParallelStyle):
+    """Experts that take all tokens for each expert, scaled by their routing weight: every rank takes the rows of its own
+    experts, and the outputs are gathered.  X (experts x tokens, features) I -> Y (experts x tokens, features) I.
+    """
+
+    prefix = "ExpertParallel"
+
+    @classmethod
+    def local_attributes(cls, module: nn.Module, local: Local) -> dict[str, int | None]:
+        return {"num_experts": _stacked(module, local)} if hasattr(module, "num_experts") else {}
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        mesh, experts = self._tp.mesh, next(iter(self._tp.sizes.values()))
+        rows = hidden_states.shape[0] // sum(experts)
+        sizes = tuple(number * rows for number in experts)
+        output: Tensor = super().forward(scatter_to_tp(hidden_states, mesh, 0, sizes))
+        return gather_from_tp(output, mesh, 0, sizes)
 
 
 class EpRouter(Replicate):
     """The router of expert-parallel experts: whole, and the same on every rank. The experts' own style does the dispatch."""
 
     prefix = "EpRouter"
+
+
+def _stacked(module: nn.Module, local: Local) -> int:
+    name = next(name for name, parameter in module.named_parameters(recurse=False) if parameter.dim() == 3)
+    return local.shape(name)[0]
 
 
 def _enter(value: Any, mesh: Any) -> Any:
