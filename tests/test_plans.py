@@ -36,6 +36,12 @@ WRONG: dict[tuple[str, str], str | None] = {
     ("inkling_text", "embed_tokens.embed_norm"): None,
 }
 
+# Two KV heads that four ranks share, fused blocks, pairs of heads, biases.
+ON_FOUR = ["afmoe", "doge", "lfm2_moe", "deepseek_v3", "inkling_text", "gemma3n_text", "qwen4_exp_text"]
+ON_FOUR += ["bamba", "dbrx", "diffllama", "emu3_text_model", "gpt_oss", "phi3", "zaya"]
+
+DEALT = ["afmoe", "flint", "inkling_text", "nemotron_h", "qwen4_exp_text", "aria_text", "gpt_oss", "llama4_text", "zaya"]
+
 
 @dataclass(frozen=True)
 class Numbers:
@@ -120,7 +126,7 @@ def test_corrected_models_compute_the_same(name, pool2):
     assert gradient < GRADIENTS
 
 
-@pytest.mark.parametrize("name", ["afmoe", "doge", "lfm2_moe", "deepseek_v3", "inkling_text", "gemma3n_text", "qwen4_exp_text"])
+@pytest.mark.parametrize("name", ON_FOUR)
 def test_corrected_models_on_four_ranks(name, pool4):
     """Guards: two KV heads that four ranks have to share."""
     logits, gradient = compare(pool4, name, {})
@@ -197,7 +203,7 @@ def test_the_vocabulary_is_cut(name, tied):
     assert any(module.name == "lm_head" for module in plan.modules)
 
 
-@pytest.mark.parametrize("name", ["afmoe", "flint", "inkling_text", "nemotron_h", "qwen4_exp_text"])
+@pytest.mark.parametrize("name", DEALT)
 def test_corrected_models_with_experts_dealt_to_ranks(name, pool2):
     """Guards: a correction of how each expert is split that is kept when whole experts are dealt."""
     logits, gradient = compare(pool2, name, {}, ep_size=2)

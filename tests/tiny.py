@@ -6,7 +6,14 @@ from functools import cache
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Emu3ForCausalLM,
+    Emu3TextConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 # What a type's config does not know is left out.
 COMMON: dict[str, object] = {
@@ -61,6 +68,15 @@ TINY: dict[str, dict[str, object]] = {
     "bailing_hybrid": LATENT
     | DENSE_THEN_SPARSE
     | {"layer_types": ["linear_attention", "full_attention"], "n_group": 2, "topk_group": 1},
+    "bamba": MAMBA2 | {"attn_layer_indices": [1]},
+    "dbrx": {
+        "d_model": 64,
+        "n_heads": 4,
+        "n_layers": 2,
+        "max_seq_len": 64,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 0.5, "rope_theta": 10000.0},
+        "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 42, "moe_num_experts": 4, "moe_top_k": 2},
+    },
     "deepseek_v3": LATENT | {"n_group": 2, "topk_group": 1},
     "deepseek_v4": {
         "num_key_value_heads": 1,
@@ -75,7 +91,9 @@ TINY: dict[str, dict[str, object]] = {
         "index_head_dim": 16,
         "index_topk": 4,
     },
+    "diffllama": {"num_attention_heads": 8, "num_key_value_heads": 4},
     "doge": {"keep_window_size": 6, "is_moe": True, "num_experts": 16},
+    "emu3_text_model": {"attention_dropout": 0.0},
     "exaone_moe": DENSE_THEN_SPARSE | {"layer_types": ["sliding_attention", "full_attention"]},
     "flint": DENSE_THEN_SPARSE | {"layer_types": ["sliding_attention", "full_attention"]},
     "gemma3n_text": {
@@ -97,6 +115,7 @@ TINY: dict[str, dict[str, object]] = {
     "glm": {},
     "glm4": {},
     "glm4_moe_lite": LATENT | DENSE_THEN_SPARSE,
+    "gpt_oss": {"layer_types": ["sliding_attention", "full_attention"], "intermediate_size": 64},
     "granitemoe": {},
     "granitemoehybrid": MAMBA2 | {"layer_types": ["mamba", "attention"], "shared_intermediate_size": 48},
     "granitemoeshared": {"shared_intermediate_size": 48},
@@ -159,7 +178,9 @@ TINY: dict[str, dict[str, object]] = {
     },
     "solar_open": {"n_group": 1, "topk_group": 1},
     "youtu": LATENT,
+    "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16, "layer_types": ["hybrid", "hybrid_sliding"]},
     # Types without corrections, for what every type goes through.
+    "aria_text": {"moe_num_experts": 4, "moe_topk": 2},
     "cohere": {},
     "dots3_note_text": LATENT
     | DENSE_THEN_SPARSE
@@ -182,6 +203,14 @@ TINY: dict[str, dict[str, object]] = {
     },
     "glm4_moe": {"n_group": 1, "topk_group": 1},
     "llama": {},
+    "llama4_text": {
+        "intermediate_size": 48,
+        "intermediate_size_mlp": 96,
+        "num_experts_per_tok": 1,
+        "moe_layers": [1],
+        "attention_chunk_size": 8,
+        "layer_types": ["chunked_attention", "full_attention"],
+    },
     "olmo2": {},
     "phi": {},
     "qwen3": {},
@@ -207,7 +236,7 @@ def build(name: str, **options: object) -> PreTrainedModel:
     made = config(name, **options)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(made, dtype=torch.float32)
+        model = _empty(made, torch.float32)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.is_floating_point():
@@ -221,4 +250,10 @@ def build(name: str, **options: object) -> PreTrainedModel:
 def on_meta(name: str, **options: object) -> PreTrainedModel:
     """The model without memory."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config(name, **options))
+        return _empty(config(name, **options))
+
+
+def _empty(made: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    if type(made) is Emu3TextConfig:  # the Auto class knows the config around it alone
+        return Emu3ForCausalLM._from_config(made, dtype=dtype)
+    return AutoModelForCausalLM.from_config(made, dtype=dtype)

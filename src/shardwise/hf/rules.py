@@ -7,7 +7,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from shardwise.errors import PlanError, describe
-from shardwise.plans import corrections
+from shardwise.plans import corrections, dealt_experts
 from shardwise.spec import Rule
 
 
@@ -21,16 +21,16 @@ def model_rules(model: nn.Module, size: int, expert_parallel: bool = False) -> l
     """
     if not isinstance(model, PreTrainedModel):
         return []
-    own, experts = dict(model._tp_plan or {}), dict(model._ep_plan or {}) if expert_parallel else {}
+    own, experts = dict(model._tp_plan or {}), _expert_plan(model) if expert_parallel else {}
     rules = [Rule(pattern, style, "model") for pattern, style in (own | experts).items()]
-    added = _vocabulary(model, rules) if rules else []
     # A correction of how experts are split is none of how they are dealt.
-    return rules + added + [rule for rule in _corrections(model, size) if rule.pattern not in experts]
+    ours = [rule for rule in _corrections(model, size) if rule.pattern not in experts]
+    return rules + (_vocabulary(model, rules) if rules or ours else []) + ours
 
 
 def has_expert_plan(model: nn.Module) -> bool:
-    """Whether `model` brings rules for expert parallelism."""
-    return isinstance(model, PreTrainedModel) and bool(model._ep_plan)
+    """Whether there are rules for expert parallelism for `model`, its own or ours."""
+    return isinstance(model, PreTrainedModel) and bool(_expert_plan(model))
 
 
 def base_prefix(model: nn.Module) -> str:
@@ -67,11 +67,18 @@ def _end(model: PreTrainedModel, method: str, kind: type[nn.Module]) -> tuple[st
 
 
 def _corrections(model: PreTrainedModel, size: int) -> list[Rule]:
-    found: list[Rule] = []
-    for name, module in model.named_modules():
-        if isinstance(module, PreTrainedModel) and module.base_model is module:
-            found += corrections(module.config.model_type, module, f"{name}." if name else "", size)
-    return found
+    return [rule for prefix, base in _bases(model) for rule in corrections(base.config.model_type, base, prefix, size)]
+
+
+def _expert_plan(model: PreTrainedModel) -> dict[str, str]:
+    own = dict(model._ep_plan or {})
+    ours = [dealt_experts(base.config.model_type, prefix) for prefix, base in _bases(model)]
+    return own | {pattern: style for plan in ours for pattern, style in plan.items()}
+
+
+def _bases(model: PreTrainedModel) -> list[tuple[str, PreTrainedModel]]:
+    named = [(f"{name}." if name else "", module) for name, module in model.named_modules()]
+    return [(prefix, m) for prefix, m in named if isinstance(m, PreTrainedModel) and m.base_model is m]
 
 
 def build_on_meta(config: PreTrainedConfig) -> nn.Module:

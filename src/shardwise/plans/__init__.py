@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 from torch import nn
 
-from shardwise.plans import apertus, completed, doge, gemma3n, inkling, phi3
+from shardwise.plans import apertus, completed, dbrx, diffllama, doge, gemma3n, gpt_oss, inkling, phi3, zaya
 from shardwise.spec import Rule
 
 Corrections = Callable[[nn.Module, str, int], list[Rule]]
@@ -18,9 +18,13 @@ CORRECTIONS: Mapping[str, Corrections] = MappingProxyType(
         "apertus": apertus.rules,
         "axk1": completed.latent,
         "bailing_hybrid": completed.delta_and_latent,
+        "bamba": completed.bamba,
+        "dbrx": dbrx.rules,
         "deepseek_v3": completed.latent,
         "deepseek_v4": completed.deepseek_v4,
+        "diffllama": diffllama.rules,
         "doge": doge.rules,
+        "emu3_text_model": completed.plain_decoder,
         "exaone_moe": completed.shared_experts,
         "flint": completed.plain_attention,
         "gemma3n_text": gemma3n.rules,
@@ -28,6 +32,7 @@ CORRECTIONS: Mapping[str, Corrections] = MappingProxyType(
         "glm": completed.glm,
         "glm4": completed.glm,
         "glm4_moe_lite": completed.glm4_moe_lite,
+        "gpt_oss": gpt_oss.rules,
         "granitemoe": completed.plain_attention,
         "granitemoehybrid": completed.granite,
         "granitemoeshared": completed.granite,
@@ -48,8 +53,22 @@ CORRECTIONS: Mapping[str, Corrections] = MappingProxyType(
         "qwen4_exp_text": completed.qwen4,
         "solar_open": completed.shared_experts,
         "youtu": completed.latent,
+        "zaya": zaya.rules,
     }
 )
+
+
+SORTED_EXPERTS: Mapping[str, str] = MappingProxyType({"llama4_text": "layers.*.feed_forward.experts"})
+"""Where the experts are, relative to the base model, of types whose experts take their rows sorted by expert."""
+
+
+def dealt_experts(model_type: str, prefix: str) -> dict[str, str]:
+    """The rules for expert parallelism, by pattern, that shardwise adds to those of a model of `model_type`."""
+    path = SORTED_EXPERTS.get(model_type)
+    if path is None:
+        return {}
+    stacked = {f"{prefix}{path}.{child}": "grouped_gemm" for child in ("gate_up_proj", "down_proj")}
+    return stacked | {prefix + path: "ep_sorted_experts"}
 
 
 def corrections(model_type: str, model: nn.Module, prefix: str, size: int) -> list[Rule]:

@@ -83,6 +83,16 @@ def jamba(model: nn.Module, prefix: str, size: int) -> list[Rule]:
     ]
 
 
+def bamba(model: nn.Module, prefix: str, size: int) -> list[Rule]:
+    """Attention in some layers, a Mamba-2 mixer in the others, and an MLP in all."""
+    return [*attention(model, prefix), *mlp(prefix, "layers.*.feed_forward"), *mamba2(model, prefix, "layers.*.mamba")]
+
+
+def plain_decoder(model: nn.Module, prefix: str, size: int) -> list[Rule]:
+    """Attention and MLPs as Llama's, in a model without a plan of its own."""
+    return [*attention(model, prefix), *mlp(prefix, "layers.*.mlp")]
+
+
 def nemotron_h(model: nn.Module, prefix: str, size: int) -> list[Rule]:
     """Every layer is one mixer: attention, an MLP, experts with shared ones, or Mamba-2."""
     path = "layers.*.mixer"
