@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.functional import linear
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import shardwise
 from blocks import (
@@ -34,6 +33,7 @@ from blocks import (
     weights_like,
     x,
 )
+from llamas import IDS, llama
 from shardwise import api
 from shardwise.collectives import ReduceFromTP, reduce_from_tp
 from shardwise.errors import PlanError
@@ -42,28 +42,10 @@ from shardwise.layout import Packed
 from shardwise.spec import Rule
 from shardwise.training import clip
 
-TINY = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
-IDS = torch.arange(3, 27).view(2, 12)
-
 
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
-
-
-def llama(**changes: object) -> LlamaForCausalLM:
-    """A tiny one."""
-    return AutoModelForCausalLM.from_config(LlamaConfig(**{**TINY, **changes}))
 
 
 def test_gradient_accumulation_through_summed_parameters(threads, monkeypatch):

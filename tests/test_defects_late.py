@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.cache_utils import StaticLayer
 
 import shardwise
@@ -28,6 +28,7 @@ from blocks import (
     weights_like,
     x,
 )
+from llamas import IDS, llama
 from shardwise import collectives
 from shardwise.collectives import GatherFromTP
 from shardwise.errors import MissingRankError
@@ -36,28 +37,10 @@ from shardwise.layout import Block
 from shardwise.parallelize import required_state
 from shardwise.testing import RankError, RankTimeoutError
 
-TINY = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
-IDS = torch.arange(3, 27).view(2, 12)
-
 
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
-
-
-def llama(**changes: object) -> LlamaForCausalLM:
-    """A tiny one."""
-    return AutoModelForCausalLM.from_config(LlamaConfig(**{**TINY, **changes}))
 
 
 def test_more_ranks_than_kv_heads(threads, monkeypatch):

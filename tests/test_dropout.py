@@ -13,23 +13,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Sta
 
 import shardwise
 from blocks import ATTENTION_PLAN, Attention, tp_axis, under
+from llamas import IDS, TINY
 from shardwise.collectives import gather_from_tp
 from shardwise.layers import region
 
-TINY = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 LLAMA = LlamaConfig(**TINY, attention_dropout=0.5)
 STARCODER = Starcoder2Config(**TINY, attention_dropout=0.5, residual_dropout=0.5, embedding_dropout=0.5)
-IDS = torch.arange(3, 27).view(2, 12)
 
 
 def built(config: LlamaConfig | Starcoder2Config, alike_heads: bool = False) -> PreTrainedModel:

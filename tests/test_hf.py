@@ -20,24 +20,15 @@ from transformers import (
     PreTrainedModel,
 )
 
+from llamas import TINY
 from shardwise.checkpoint import find_checkpoint, open_checkpoint
 from shardwise.errors import CheckpointError
 from shardwise.hf import attach_generation_config, load_lazily, resolve_model_class
 from shardwise.hf.checks import missing_in_rows
 from shardwise.lazy import Box, LazyTensor, read
 
-COMMON = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 64,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+COMMON = {**TINY, "max_position_embeddings": 64, "eos_token_id": 2}
+
 EXPERTS_OF_DEEPSEEK = {
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,

@@ -20,19 +20,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import shardwise
+from llamas import TINY
 from shardwise.errors import ShardwiseError
 
-COMMON = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
 MODELS: dict[str, dict[str, object]] = {"llama": {}, "phi3": {}, "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2}}
 IDS = torch.arange(3, 27).view(2, 12)
 Change = Callable[[Path], object]
@@ -44,7 +34,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("checkpoints")
     torch.manual_seed(0)
     for kind, sizes in MODELS.items():
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **COMMON, **sizes))
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **TINY, **sizes))
         model.save_pretrained(root / kind)
         if kind == "llama":
             model.save_pretrained(root / "several", max_shard_size="20KB")
