@@ -39,6 +39,7 @@ WRONG: dict[tuple[str, str], str | None] = {
 # Two KV heads that four ranks share, fused blocks, pairs of heads, biases.
 ON_FOUR = ["afmoe", "doge", "lfm2_moe", "deepseek_v3", "inkling_text", "gemma3n_text", "qwen4_exp_text"]
 ON_FOUR += ["bamba", "dbrx", "diffllama", "emu3_text_model", "gpt_oss", "phi3", "zaya"]
+ON_FOUR += ["gpt2", "gpt_bigcode", "falcon", "stablelm", "bloom", "opt"]
 
 DEALT = ["afmoe", "flint", "inkling_text", "nemotron_h", "qwen4_exp_text", "aria_text", "gpt_oss", "llama4_text", "zaya"]
 
@@ -170,6 +171,40 @@ def test_norms_that_an_option_switches_on(name, options, pool2, pool4):
         logits, gradient = compare(pool, name, {}, **options)
         assert logits < LOGITS
         assert gradient < GRADIENTS
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("gpt_bigcode", {"multi_query": False}),
+        ("falcon", {"new_decoder_architecture": False, "multi_query": True}),
+        ("falcon", {"new_decoder_architecture": False, "multi_query": True, "num_attention_heads": 5, "hidden_size": 80}),
+        ("falcon", {"new_decoder_architecture": False, "multi_query": False, "num_kv_heads": 8}),
+        ("falcon", {"new_decoder_architecture": False, "alibi": True}),
+        ("stablelm", {"qk_layernorm": True}),
+        ("opt", {"word_embed_proj_dim": 32, "do_layer_norm_before": False}),
+    ],
+)
+def test_options_that_lay_out_attention_otherwise(name, options, pool2):
+    """Guards: fused q, k and v that are cut as another option of the config lays them out; biases and norms of all heads that
+    meet local ones.
+    """
+    logits, gradient = compare(pool2, name, {}, **options)
+    assert logits < LOGITS
+    assert gradient < GRADIENTS
+
+
+def test_pairs_of_heads_that_are_too_few(pool4):
+    """Guards: DiffLlama's four heads, which are two pairs, on four ranks."""
+    logits, gradient = compare(pool4, "diffllama", {}, num_attention_heads=4, num_key_value_heads=2)
+    assert logits < LOGITS
+    assert gradient < GRADIENTS
+
+
+def test_heads_that_cannot_be_dealt_are_refused():
+    """Guards: fused attention of 6 query heads and 1 KV head that is cut inside a head on 4 ranks."""
+    with pytest.raises(PlanError, match=r"6 query heads and 1 KV heads cannot be split over tp=4"):
+        shardwise.plan(on_meta("gpt_bigcode", n_head=6, num_attention_heads=6, hidden_size=96), 4)
 
 
 def test_norms_follow_the_projections():

@@ -61,6 +61,18 @@ INKLING: dict[str, object] = {
     "rel_extent": 8,
     "layer_types": ["hybrid", "hybrid_sliding"],
 }
+NO_DROPOUT: dict[str, object] = {
+    "dropout": 0.0,
+    "attention_dropout": 0.0,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+GPT: dict[str, object] = {
+    "rotary_dim": 8,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+}
 TINY: dict[str, dict[str, object]] = {
     "afmoe": {"layer_types": ["sliding_attention", "full_attention"]},
     "apertus": {},
@@ -179,6 +191,22 @@ TINY: dict[str, dict[str, object]] = {
     "solar_open": {"n_group": 1, "topk_group": 1},
     "youtu": LATENT,
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16, "layer_types": ["hybrid", "hybrid_sliding"]},
+    # Types without a plan of their own.
+    "biogpt": NO_DROPOUT,
+    "bloom": {},
+    "codegen": GPT,
+    "falcon": {"num_attention_heads": 8, "num_kv_heads": 4, "new_decoder_architecture": True, "ffn_hidden_size": 96},
+    "gpt2": GPT,
+    "gpt_bigcode": GPT | {"n_head": 4},  # of which it makes the number of KV heads
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 6},
+    "gptj": GPT,
+    "hunyuan_v1_dense": {},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "mpt": {"max_seq_len": 64},
+    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64, "dropout": 0.0},
+    "persimmon": {},
+    "stablelm": {},
+    "xglm": NO_DROPOUT | {"ffn_dim": 96},
     # Types without corrections, for what every type goes through.
     "aria_text": {"moe_num_experts": 4, "moe_topk": 2},
     "cohere": {},

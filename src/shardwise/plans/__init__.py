@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 from torch import nn
 
-from shardwise.plans import apertus, completed, dbrx, diffllama, doge, gemma3n, gpt_oss, inkling, phi3, zaya
+from shardwise.plans import apertus, completed, dbrx, decoders, diffllama, doge, gemma3n, gpt_oss, inkling, phi3, zaya
 from shardwise.spec import Rule
 
 Corrections = Callable[[nn.Module, str, int], list[Rule]]
@@ -19,6 +19,9 @@ CORRECTIONS: Mapping[str, Corrections] = MappingProxyType(
         "axk1": completed.latent,
         "bailing_hybrid": completed.delta_and_latent,
         "bamba": completed.bamba,
+        "biogpt": decoders.biogpt,
+        "bloom": decoders.bloom,
+        "codegen": decoders.codegen,
         "dbrx": dbrx.rules,
         "deepseek_v3": completed.latent,
         "deepseek_v4": completed.deepseek_v4,
@@ -26,32 +29,44 @@ CORRECTIONS: Mapping[str, Corrections] = MappingProxyType(
         "doge": doge.rules,
         "emu3_text_model": completed.plain_decoder,
         "exaone_moe": completed.shared_experts,
+        "falcon": decoders.falcon,
         "flint": completed.plain_attention,
         "gemma3n_text": gemma3n.rules,
         "gemma4_text": gemma3n.per_layer_embedding,
         "glm": completed.glm,
         "glm4": completed.glm,
         "glm4_moe_lite": completed.glm4_moe_lite,
+        "gpt2": decoders.gpt2,
+        "gpt_bigcode": decoders.gpt_bigcode,
+        "gpt_neo": decoders.gpt_neo,
         "gpt_oss": gpt_oss.rules,
+        "gptj": decoders.gptj,
         "granitemoe": completed.plain_attention,
         "granitemoehybrid": completed.granite,
         "granitemoeshared": completed.granite,
+        "hunyuan_v1_dense": completed.plain_decoder,
         "hunyuan_v1_moe": completed.hunyuan,
         "inkling2_text": inkling.inkling2,
         "inkling_text": inkling.inkling,
         "jamba": completed.jamba,
         "kimi_linear": completed.delta_and_latent,
+        "lfm2": completed.lfm2,
         "lfm2_moe": completed.lfm2,
         "minimax": completed.minimax,
         "minimax_m3_vl_text": completed.minimax_m3,
+        "mpt": decoders.mpt,
         "nemotron_h": completed.nemotron_h,
         "olmo_hybrid": completed.olmo_hybrid,
+        "opt": decoders.opt,
+        "persimmon": decoders.persimmon,
         "phi3": phi3.rules,
         "phi4_multimodal": completed.phi4_multimodal,
         "phimoe": completed.plain_attention,
         "qwen2_moe": completed.shared_expert,
         "qwen4_exp_text": completed.qwen4,
         "solar_open": completed.shared_experts,
+        "stablelm": decoders.stablelm,
+        "xglm": decoders.xglm,
         "youtu": completed.latent,
         "zaya": zaya.rules,
     }

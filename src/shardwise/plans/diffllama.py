@@ -12,7 +12,7 @@ from shardwise.heads import Heads, heads_of
 from shardwise.layers import Cut
 from shardwise.layout import Block
 from shardwise.plan import wildcard
-from shardwise.plans.fused import count
+from shardwise.plans.fused import count, gathered
 from shardwise.plans.parts import mlp, rule
 from shardwise.spec import Rule
 
@@ -30,8 +30,8 @@ def _attention(name: str, module: nn.Module, size: int) -> list[Rule]:
     assert isinstance(width, int)
     pairs = Heads(heads.query // 2, heads.kv // 2)
     if pairs.problem(size):
-        whole = f"{pairs.query} pairs of query heads and {pairs.kv} of KV heads cannot be dealt to {size} ranks"
-        return [rule(f"{name}.{child}", "replicate", whole) for child in ("q_proj", "k_proj", "v_proj", "o_proj")]
+        reason = f"{pairs.query} pairs of query heads and {pairs.kv} of KV heads can't be dealt to {size} ranks"
+        return gathered(name, ["q_proj", "k_proj", "v_proj"], "o_proj", reason)
     query, kv = pairs.query_cut(pairs.query * width, size), pairs.kv_cut(pairs.kv * width, size)
     halves = (Block(pairs.query * width, query.unit),) * 2, (Block(pairs.kv * width, kv.unit, kv.spread),) * 2
     group = {"num_key_value_groups": count(pairs, width, size)["group"]}

@@ -1,8 +1,8 @@
-"""Attention whose q, k and v are one matrix, cut block by block between its heads."""
+"""Attention with numbers that must become local: those that its code slices and reshapes by."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,18 +17,20 @@ from shardwise.spec import Rule
 
 Counted = Literal["query", "kv", "group", "query width", "kv width"]
 """What an attribute counts: query heads, KV heads, query heads a KV head, or features of all query heads or KV heads."""
+WITHOUT = "the model has no plan of its own"
 
 
 @dataclass(frozen=True)
 class Fused:
-    """The names of one kind of attention module.
+    """Attention whose q, k and v are one matrix, which is cut block by block between the heads.
 
     Args:
         path: where the modules are ("layers.*.self_attn"), relative to the base model.
         fused: the projection to q, k and v.
         output: the projection that reads the heads.
         attributes: numbers that attention slices and reshapes by, and what each of them counts.
-        refuse: a size that the heads can't be dealt to is an error; else it is left to the model's own plan.
+        otherwise: for a size that the heads can't be dealt to: an error, or the model's own plan, or attention on gathered
+            q, k and v, computed whole.
         interleaved: q, k and v lie head by head (q k v | q k v), not one after the other (q q | k k | v v).
     """
 
@@ -36,7 +38,7 @@ class Fused:
     fused: str
     output: str
     attributes: Mapping[str, Counted]
-    refuse: bool = True
+    otherwise: Literal["refuse", "leave", "gather"] = "refuse"
     interleaved: bool = False
 
     def rules(self, model: nn.Module, prefix: str, size: int) -> list[Rule]:
@@ -46,11 +48,12 @@ class Fused:
 
     def _of(self, name: str, module: nn.Module, size: int) -> list[Rule]:
         heads, width = heads_of(module), module.head_dim
-        if heads is None or heads.problem(size):
-            if not self.refuse:
-                return []
-            # Resolving these rules says which sizes are possible.
-            return [rule(f"{name}.{self.fused}", "packed_colwise"), rule(f"{name}.{self.output}", "rowwise")]
+        if heads is None:
+            return gathered(name, [self.fused], self.output, "nothing says how many heads it has")
+        if heads.problem(size):
+            return self._otherwise(name)
+        if self.interleaved and heads.shared(size):
+            return gathered(name, [self.fused], self.output, "a KV head lies among its queries, and ranks would share it")
         assert isinstance(width, int)
         counted = count(heads, width, size)
         attributes = {attribute: counted[what] for attribute, what in self.attributes.items()}
@@ -67,6 +70,14 @@ class Fused:
             ),
         ]
 
+    def _otherwise(self, name: str) -> list[Rule]:
+        if self.otherwise == "leave":
+            return []
+        if self.otherwise == "gather":
+            return gathered(name, [self.fused], self.output, "its heads can't be dealt to this many ranks")
+        # Resolving these rules says which sizes are possible.
+        return [rule(f"{name}.{self.fused}", "packed_colwise"), rule(f"{name}.{self.output}", "rowwise")]
+
     def _cut(self, heads: Heads, width: int, size: int) -> Cut:
         if self.interleaved:
             length = (heads.query + 2 * heads.kv) * width
@@ -74,6 +85,33 @@ class Fused:
         query, kv = heads.query_cut(heads.query * width, size), heads.kv_cut(heads.kv * width, size)
         block = Block(heads.kv * width, kv.unit, kv.spread)
         return Cut(blocks=(Block(heads.query * width, query.unit), block, block))
+
+
+def separate_attention(
+    model: nn.Module, prefix: str, path: str, size: int, output: str, attributes: Mapping[str, Counted]
+) -> list[Rule]:
+    """Attention with q_proj, k_proj and v_proj, at `path`, and `attributes` as of `Fused`."""
+    found: list[Rule] = []
+    for name, module in model.named_modules():
+        if wildcard(name) != path:
+            continue
+        found += [rule(f"{prefix}{name}.{child}", "colwise", WITHOUT) for child in ("q_proj", "k_proj", "v_proj")]
+        found.append(rule(f"{prefix}{name}.{output}", "rowwise", WITHOUT))
+        heads = heads_of(module)
+        if heads is not None and not heads.problem(size):  # what is a problem, resolving says
+            counted = count(heads, int(getattr(module, "head_dim", 1)), size)
+            local = {attribute: counted[what] for attribute, what in attributes.items()}
+            reason = "attention reshapes by these numbers"
+            found.append(Rule(prefix + name, "local_params", "shardwise", attributes=local, reason=reason))
+    return found
+
+
+def gathered(name: str, projections: Sequence[str], output: str, reason: str) -> list[Rule]:
+    """Attention that is computed whole, of which each rank keeps its part of the weights."""
+    return [
+        *(rule(f"{name}.{child}", "colwise_gather_output", f"computed whole: {reason}") for child in projections),
+        rule(f"{name}.{output}", "rowwise_split_input", f"computed whole: {reason}"),
+    ]
 
 
 def count(heads: Heads, width: int, size: int) -> dict[Counted, tuple[int, ...]]:

@@ -17,7 +17,7 @@ ATTENTION = Fused(
     "qkv_proj",
     "o_proj",
     {"config.num_attention_heads": "query", "num_key_value_heads": "kv", "num_key_value_groups": "group"},
-    refuse=False,
+    otherwise="leave",
 )
 
 

@@ -1,0 +1,132 @@
+"""Older decoders that have no plan of their own: GPT-2 and what came after it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import nn
+
+from shardwise.plan import wildcard
+from shardwise.plans.fused import WITHOUT, Counted, Fused, gathered, separate_attention
+from shardwise.plans.parts import mlp, rule
+from shardwise.spec import Rule
+
+_ALIBI = "its ALiBi biases are made for all heads"
+
+
+def gpt2(model: nn.Module, prefix: str, size: int) -> list[Rule]:
+    """GPT-2: fused attention, weights kept as (in, out)."""
+    attention = Fused("h.*.attn", "c_attn", "c_proj", {"split_size": "query width", "num_heads": "query"})
+    return [*attention.rules(model, prefix, size), *_mlp(prefix, "h.*.mlp", "c_fc", "c_proj"), _positions(f"{prefix}wpe")]
+
+
+def gpt_bigcode(model: nn.Module, prefix: str, size: int) -> list[Rule]:
+    """GPT-BigCode: fused attention, with one KV head (q | k | v), or with one for each query head (head by head)."""
+    attention = Fused(
+        "h.*.attn",
+        "c_attn",
+        "c_proj",
+        {"embed_dim": "query width", "num_heads": "query", "num_key_value_groups": "group"},
+    )
+    interleaved = not getattr(model.config, "multi_query", False)
+    rules = replace(attention, interleaved=interleaved).rules(model, prefix, size)
+    return [*rules, *_mlp(prefix, "h.*.mlp", "c_fc", "c_proj"), _positions(f"{prefix}wpe")]
+
+
+def gptj(model: nn.Module, prefix: str, size: int) -> list[Rule]:
+    """GPT-J: attention and MLP side by side."""
+    attention = separate_attention(model, prefix, "h.*.attn", size, "out_proj", {"num_attention_heads": "query"})
+    return [*attention, *_mlp(prefix, "h.*.mlp", "fc_in", "fc_out")]
+
+
+def gpt_neo(model: nn.Module, prefix: str, size: int) -> list[Rule]:
+    """GPT-Neo: global and local attention in turns."""
+    attention = separate_attention(model, prefix, "h.*.attn.attention", size, "out_proj", {"num_heads": "query"})
+    return [*attention, *_mlp(prefix, "h.*.mlp", "c_fc", "c_proj"), _positions(f"{prefix}wpe")]
+
+
+def codegen(model: nn.Module, prefix: str, size: int) -> list[Rule]:
+    """CodeGen: attention and MLP side by side; q, v and k lie in four groups, for four chips of the hardware it was made on."""
+    reason = "q, v and k lie in four groups, whatever the number of ranks"
+    attention = _gathered(model, prefix, "h.*.attn", ["qkv_proj"], "out_proj", reason)
+    return [*attention, *_mlp(prefix, "h.*.mlp", "fc_in", "fc_out")]
+
+
+def opt(model: nn.Module, prefix: str, size: int) -> list[Rule]:
+    """OPT: an MLP that is part of the layer. Its base model and the decoder in it are both of this type."""
+    if hasattr(model, "decoder"):
+        return []
+    return biogpt(model, prefix, size)
+
+
+def biogpt(model: nn.Module, prefix: str, size: int) -> list[Rule]:
+    """BioGPT: an MLP that is part of the layer."""
+    attention = separate_attention(model, prefix, "layers.*.self_attn", size, "out_proj", {"num_heads": "query"})
+    return [*attention, *_mlp(prefix, "layers.*", "fc1", "fc2"), _positions(f"{prefix}embed_positions")]
+
+
+def xglm(model: nn.Module, prefix: str, size: int) -> list[Rule]:
+    """XGLM: as BioGPT, with computed positions."""
+    attributes: dict[str, Counted] = {"num_heads": "query", "embed_dim": "query width"}
+    attention = separate_attention(model, prefix, "layers.*.self_attn", size, "out_proj", attributes)
+    return [*attention, *_mlp(prefix, "layers.*", "fc1", "fc2")]
+
+
+def stablelm(model: nn.Module, prefix: str, size: int) -> list[Rule]:
+    """StableLM: Llama's layers; optionally a norm for each head."""
+    path = "layers.*.self_attn"
+    attributes: dict[str, Counted] = {"num_heads": "query", "num_key_value_heads": "kv"}
+    if getattr(model.config, "qk_layernorm", False):
+        projections = ["q_proj", "k_proj", "v_proj"]
+        attention = _gathered(model, prefix, path, projections, "o_proj", "each head has a norm of its own")
+    else:
+        attention = separate_attention(model, prefix, path, size, "o_proj", attributes)
+    return [*attention, *mlp(prefix, "layers.*.mlp")]
+
+
+def persimmon(model: nn.Module, prefix: str, size: int) -> list[Rule]:
+    """Persimmon: fused attention, head by head, with norms over a head's features."""
+    path = "layers.*.self_attn"
+    attention = Fused(path, "query_key_value", "dense", {"num_heads": "query"}, interleaved=True)
+    summed = "replicated_with_grad_allreduce"
+    norms = [rule(f"{prefix}{path}.{name}_layernorm", summed, "it sees the local heads only") for name in ("q", "k")]
+    return [*attention.rules(model, prefix, size), *norms, *_mlp(prefix, "layers.*.mlp", "dense_h_to_4h", "dense_4h_to_h")]
+
+
+def bloom(model: nn.Module, prefix: str, size: int) -> list[Rule]:
+    """BLOOM: fused attention with ALiBi."""
+    attention = _gathered(model, prefix, "h.*.self_attention", ["query_key_value"], "dense", _ALIBI)
+    return [*attention, *_mlp(prefix, "h.*.mlp", "dense_h_to_4h", "dense_4h_to_h")]
+
+
+def mpt(model: nn.Module, prefix: str, size: int) -> list[Rule]:
+    """MPT: fused attention with ALiBi."""
+    attention = _gathered(model, prefix, "blocks.*.attn", ["Wqkv"], "out_proj", _ALIBI)
+    return [*attention, *_mlp(prefix, "blocks.*.ffn", "up_proj", "down_proj")]
+
+
+def falcon(model: nn.Module, prefix: str, size: int) -> list[Rule]:
+    """Falcon: fused attention, with one KV head (q | k | v), or groups of heads (q q k v | q q k v); optionally ALiBi."""
+    path, config = "h.*.self_attention", model.config
+    if getattr(config, "alibi", False):
+        attention = _gathered(model, prefix, path, ["query_key_value"], "dense", _ALIBI)
+    else:
+        one = getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False)
+        attributes: dict[str, Counted] = {"num_heads": "query"} if one else {"num_heads": "query", "num_kv_heads": "kv"}
+        fused = Fused(path, "query_key_value", "dense", attributes, "gather", interleaved=not one)
+        attention = fused.rules(model, prefix, size)
+    return [*attention, *_mlp(prefix, "h.*.mlp", "dense_h_to_4h", "dense_4h_to_h")]
+
+
+def _mlp(prefix: str, path: str, up: str, down: str) -> list[Rule]:
+    return [rule(f"{prefix}{path}.{up}", "colwise", WITHOUT), rule(f"{prefix}{path}.{down}", "rowwise", WITHOUT)]
+
+
+def _positions(name: str) -> Rule:
+    return rule(name, "replicate", "one row a position: small")
+
+
+def _gathered(model: nn.Module, prefix: str, path: str, projections: Sequence[str], output: str, reason: str) -> list[Rule]:
+    names = [name for name, _ in model.named_modules() if wildcard(name) == path]
+    return [found for name in names for found in gathered(prefix + name, projections, output, reason)]
