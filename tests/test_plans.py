@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 import shardwise
-from figures import gradient_error, gradients
+from figures import gradient_error, gradients, load_sharded
 from shardwise.errors import PlanError
 from shardwise.hf import model_rules
 from shardwise.plans import CORRECTIONS
@@ -260,3 +262,27 @@ def test_little_stays_whole_without_a_word(name):
     plan = shardwise.plan(model, 2)
     silent = [row for row in plan if row.rule is None and not row.sharded and not row.buffer and len(row.shape) > 1]
     assert sum(row.bytes for row in silent) < 0.1 * plan.full_bytes
+
+
+def load_and_save(loaded: Path, saved: Path) -> Tensor:
+    """On every rank: read the shards, write them again, and the logits of one batch."""
+    model = load_sharded(loaded)
+    model.save_pretrained(saved)
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.arange(3, 27).view(2, 12)).logits
+
+
+@pytest.mark.parametrize("name", ["dbrx", "diffllama", "falcon", "gpt2", "gpt_bigcode", "gpt_oss", "persimmon", "zaya"])
+def test_fused_weights_come_back_as_they_were(name, pool2, tmp_path):
+    """Guards: blocks, pairs or halves that are read from a checkpoint otherwise than they are cut in memory, or put together
+    in another order when they are saved.
+    """
+    model = build(name)
+    model.save_pretrained(tmp_path / "loaded")
+    logits = pool2.run(load_and_save, tmp_path / "loaded", tmp_path / "saved")[0]
+    with torch.no_grad():
+        expected = model.eval()(input_ids=torch.arange(3, 27).view(2, 12)).logits
+    assert (logits - expected).abs().max() < LOGITS
+    before, after = (load_file(tmp_path / place / "model.safetensors") for place in ("loaded", "saved"))
+    assert before.keys() == after.keys()
+    assert [key for key, tensor in before.items() if not torch.equal(tensor, after[key])] == []
