@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 from shardwise.coverage import check_coverage
 from shardwise.errors import PlanError, describe
 from shardwise.generation import same_random_state
-from shardwise.hf import base_prefix, build_on_meta, has_expert_plan, model_rules
+from shardwise.hf import base_prefix, build_on_meta, check_head, has_expert_plan, model_rules
 from shardwise.mesh import local_device, tp_mesh
 from shardwise.model import ShardedModel
 from shardwise.parallelize import apply_plan, refuse_parallel, remove_plan, state_of
@@ -51,6 +51,7 @@ def make_plan(
     rules = model_rules(model, tp_size, expert_parallel=ep_size is not None and ep_size > 1)
     table = resolve(model, [*rules, *_user_rules(model, plan)], tp_size)
     check_coverage(model, table)
+    check_head(model, table)
     return table
 
 
@@ -123,9 +124,9 @@ def _check_experts(model: nn.Module, tp_size: int, ep_size: int | None) -> None:
 
 
 def _user_rules(model: nn.Module, plan: str | Mapping[str, str]) -> list[Rule]:
-    if isinstance(plan, str):
-        if plan == "auto":
-            return []
+    if plan == "auto":
+        return []
+    if not isinstance(plan, Mapping):
         raise PlanError(
             describe(
                 f"tp_plan={plan!r} is not a plan.",

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 Sizes = tuple[int, ...]
 
 # Renamed in torch 2.13, where the old names warn.
-_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def copy_to_tp(x: Tensor, mesh: DeviceMesh) -> Tensor:
@@ -233,7 +233,7 @@ def _all_gather(x: Tensor, mesh: DeviceMesh, dim: int, sizes: Sizes) -> Tensor:
     in_order = min(sizes) == longest and all(length == 1 for length in x.shape[:dim])
     # Never a view of what was gathered: autograd lets nobody write to a view that a Function gives (OLMo clamps q, k and v).
     gathered = x.new_empty(full if in_order else (len(sizes), *x.shape))
-    _gather_into(gathered.view(len(sizes) * x.shape[0], *x.shape[1:]), x, group=mesh.get_group())
+    gather_into(gathered.view(len(sizes) * x.shape[0], *x.shape[1:]), x, group=mesh.get_group())
     if in_order:
         return gathered
     return torch.cat([part.narrow(dim, 0, length) for part, length in zip(gathered, sizes, strict=True)], dim)
@@ -248,7 +248,7 @@ def _reduce_scatter(x: Tensor, mesh: DeviceMesh, dim: int, sizes: Sizes) -> Tens
         parts = [pad(part, (*fill, 0, longest - part.shape[dim])) for part in parts]
     stacked = torch.cat(parts, 0) if dim else torch.cat(parts, 0).contiguous()
     mine = x.new_empty(parts[0].shape)
-    _reduce_scatter_into(mine, stacked, group=mesh.get_group())
+    reduce_scatter_into(mine, stacked, group=mesh.get_group())
     length = sizes[mesh.get_local_rank()]
     return mine if length == longest else mine.narrow(dim, 0, length).clone(memory_format=torch.contiguous_format)
 

@@ -17,16 +17,17 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import logging
 
 from shardwise.api import PlanLike, make_plan, parallelize
-from shardwise.checkpoint import find_checkpoint, open_checkpoint
+from shardwise.checkpoint import find_checkpoint, fingerprint, open_checkpoint
 from shardwise.errors import MismatchError, ShardwiseError, describe
 from shardwise.generation import same_random_state
 from shardwise.hf import attach_generation_config, load_lazily, resolve_model_class
 from shardwise.lazy import LazyTensor, read_into
 from shardwise.mesh import local_device, tp_mesh
 from shardwise.model import ShardedModel
-from shardwise.parallelize import apply_plan
+from shardwise.parallelize import apply_plan, required_state
 from shardwise.plan import Plan
 from shardwise.rendezvous import START_TIMEOUT, meet
+from shardwise.replicas import digest, first_difference
 from shardwise.spec import ShardSpec
 
 if TYPE_CHECKING:
@@ -86,8 +87,11 @@ def from_pretrained(
             )
         )
     meet(axis, "from_pretrained", START_TIMEOUT)
-    request = _Request(auto_class, os.fspath(path_or_id), axis, tp_plan or "auto", ep_size, _shared_seed(axis), kwargs)
-    model = _together(axis, request.load)
+    plan = "auto" if tp_plan is None else tp_plan
+    request = _Request(auto_class, os.fspath(path_or_id), axis, plan, ep_size, _shared_seed(axis), kwargs)
+    with torch.inference_mode(False):  # parameters made in inference mode could never be trained
+        model = _together(axis, request.load)
+    request.check_agreement(model)
     same_random_state(axis)
     return (model, request.loading_info) if request.wants_info else model  # type: ignore[return-value]
 
@@ -136,7 +140,9 @@ class _Request:
         self.dtype = take("dtype", None) or take("torch_dtype", None) or "auto"
         self.generation_config = take("generation_config", None)
         self.wants_info = take("output_loading_info", False)
-        self.loading_info: dict[str, set[str]] = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
+        keys = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+        self.loading_info: dict[str, set[str]] = {key: set() for key in keys}
+        self.fingerprint = ""
 
     def load(self) -> PreTrainedModel:
         """The model with this rank's shards. No collective: a rank that fails is heard in `_together`."""
@@ -146,6 +152,7 @@ class _Request:
         )
         files = find_checkpoint(self.path, variant=self.variant, **self.hub)
         tensors = open_checkpoint(files.files, files.index)
+        self.fingerprint = fingerprint(files)
         model = load_lazily(model_class, config, tensors, dtype=self.dtype, seed=self.seed, **rest)
         table = make_plan(model, self.mesh.size(), self.tp_plan, ep_size=self.ep_size)
         apply_plan(model, table, self.mesh, _reader(table, self.mesh), ShardedModel.for_model(model))
@@ -156,6 +163,24 @@ class _Request:
         model.config.name_or_path = self.path
         _check_loaded(model)
         return model
+
+    def check_agreement(self, model: nn.Module) -> None:
+        """Raise `MismatchError`, on every rank, when the ranks loaded different things. Collective."""
+        plan = required_state(model).plan
+        facts = {
+            "the class of the model": digest(type(model)),
+            "the plan, its shapes or dtypes": digest(*plan.tensors, *plan.modules),
+            "the checkpoint": digest(self.fingerprint),
+        }
+        for what, number in facts.items():
+            if (rank := first_difference(torch.tensor([number]), self.mesh)) is not None:
+                raise MismatchError(
+                    describe(
+                        f"from_pretrained: {what} on rank {rank} is not that of rank 0.",
+                        here=f"{type(model).__name__} from {self.path}",
+                        either=["give every rank the same arguments, or", "make sure that all see the same files"],
+                    )
+                )
 
     def _config(self) -> tuple[PreTrainedConfig, dict[str, Any]]:
         """The config, and the keywords that it left over."""

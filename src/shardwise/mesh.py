@@ -115,14 +115,22 @@ def _given_axis(mesh: DeviceMesh, tp_size: int | None) -> DeviceMesh:
 
 
 def is_first_replica(mesh: DeviceMesh) -> bool:
-    """Whether this rank's tp axis is the first of those that hold the same model (of a mesh with a data-parallel axis); the
-    others needn't write.
-    """
+    """Whether this rank's tp axis is the first of those that hold the same model (of a mesh with a data-parallel axis)."""
+    coordinate = dict(zip(_axes(mesh), mesh._get_root_mesh().get_coordinate() or (), strict=False))
+    return all(position == 0 for name, position in coordinate.items() if name not in (mesh.mesh_dim_names or ()))
+
+
+def replica_groups(mesh: DeviceMesh) -> list[dist.ProcessGroup]:
+    """The process groups over the other axes of the mesh that the tp axis was taken from: its fellows in the replicas."""
     root = mesh._get_root_mesh()
-    coordinate = root.get_coordinate()
-    if root is mesh or coordinate is None:
-        return True
-    names = root.mesh_dim_names or ()
-    return all(
-        position == 0 for name, position in zip(names, coordinate, strict=True) if name != (mesh.mesh_dim_names or ("",))[0]
-    )
+    return [root.get_group(name) for name in _axes(mesh) if name not in (mesh.mesh_dim_names or ())]
+
+
+def all_replicas(mesh: DeviceMesh) -> list[int]:
+    """The ranks of all replicas: of the whole mesh that the tp axis was taken from."""
+    ranks: list[int] = mesh._get_root_mesh().mesh.flatten().tolist()
+    return ranks
+
+
+def _axes(mesh: DeviceMesh) -> tuple[str, ...]:
+    return mesh._get_root_mesh().mesh_dim_names or ()

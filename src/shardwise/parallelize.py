@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -69,8 +69,9 @@ def remove_plan(model: nn.Module, read: ReadShard) -> None:
 
 
 def state_of(model: nn.Module) -> ModelState | None:
-    """The table and the axis of a parallel model, also through the wrappers of DDP and torch.compile; None of an ordinary
-    one.
+    """The table and the axis of a parallel model, also through the wrappers of DDP and torch.compile; None of an ordinary one.
+
+    Raises `ShardwiseError` for a module that has a parallel model somewhere inside.
     """
     for attribute in ("_orig_mod", "module"):
         if _STATE not in model.__dict__ and attribute in model._modules:
@@ -78,7 +79,41 @@ def state_of(model: nn.Module) -> ModelState | None:
             return state_of(inner) if inner is not None else None
     state = model.__dict__.get(_STATE)
     assert state is None or isinstance(state, ModelState)
+    if state is None and (inner := next((name for name, m in model.named_modules() if _STATE in m.__dict__), None)):
+        raise ShardwiseError(
+            describe(
+                f"{type(model).__name__} is not parallel itself: the parallel model is its {inner!r}.",
+                either=[f"pass model.{inner}, or", "for clipping, shardwise.clip_grad_norm_ takes the whole"],
+            )
+        )
     return state
+
+
+def parallel_parts(model: nn.Module) -> Iterator[tuple[ModelState, nn.Module]]:
+    """The parallel models in `model`: itself, or what it wraps (a reward model's backbone)."""
+    for module in model.modules():
+        state = module.__dict__.get(_STATE)
+        if isinstance(state, ModelState):
+            yield state, module
+
+
+def row_of(state: ModelState, name: str, tensor: Tensor) -> ShardSpec:
+    """The row of the tensor that a parallel model has under `name`, whatever DDP or torch.compile wrapped it in.
+
+    Raises `ShardwiseError` for one that was added or replaced after the model became parallel: the table does not know it.
+    """
+    parts = name.split(".")
+    name = ".".join(part for i, part in enumerate(parts) if part != "_orig_mod" and not (i == 0 and part == "module"))
+    row = state.plan.get(name)
+    if row is not None and tuple(tensor.shape) == row.local_shape(state.mesh.get_local_rank(), state.mesh.size()):
+        return row
+    raise ShardwiseError(
+        describe(
+            f"{name} was {'added' if row is None else 'replaced'} after the model became parallel.",
+            found=f"shape {tuple(tensor.shape)}" + ("" if row is None else f", where the plan says {row.shape} in all"),
+            either=["change the ordinary model, and make it parallel then, or", "shardwise.unparallelize(model) first"],
+        )
+    )
 
 
 def required_state(model: nn.Module) -> ModelState:

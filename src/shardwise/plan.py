@@ -38,6 +38,10 @@ class Plan:
         """The row of the parameter or buffer called `name` (any of its names, if it is tied)."""
         return self._by_name[name]
 
+    def get(self, name: str) -> ShardSpec | None:
+        """As `plan[name]`; None where there is no such tensor."""
+        return self._by_name.get(name)
+
     def __contains__(self, name: object) -> bool:
         return name in self._by_name
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from shardwise.collectives import gather_into
 from shardwise.errors import MismatchError, describe
 
 if TYPE_CHECKING:
@@ -37,13 +38,31 @@ def check_same_weights(model: nn.Module, mesh: DeviceMesh) -> None:
             )
 
 
+def check_same_arguments(mesh: DeviceMesh, what: str, *arguments: object) -> None:
+    """Raise `MismatchError`, on every rank, when the ranks call `what` with different arguments. Collective."""
+    if (rank := first_difference(torch.tensor([digest(*arguments)]), mesh)) is not None:
+        mine = ", ".join(map(str, arguments))
+        raise MismatchError(
+            describe(
+                f"{what}: rank {rank} was called with other arguments than rank 0.",
+                here=mine,
+                either=["make the same call on every rank"],
+            )
+        )
+
+
+def digest(*parts: object) -> int:
+    """A number (int64) for the text of `parts`: the same in every process for the same text."""
+    text = "\0".join(map(str, parts)).encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:7], "big")
+
+
 def first_difference(values: Tensor, mesh: DeviceMesh) -> int | None:
     """The first rank whose `values` (n, int64, as long on every rank) differ from rank 0's. Collective."""
     device = "cpu" if mesh.device_type == "cpu" else torch.device(mesh.device_type, torch.accelerator.current_device_index())
     mine = values.to(device)
     everyone = mine.new_empty(mesh.size() * len(mine))
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
-    gather(everyone, mine, group=mesh.get_group())
+    gather_into(everyone, mine, group=mesh.get_group())
     rows = everyone.view(mesh.size(), -1).cpu()
     return next((rank for rank in range(1, mesh.size()) if not torch.equal(rows[rank], rows[0])), None)
 

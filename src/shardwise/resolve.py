@@ -15,7 +15,7 @@ from shardwise.heads import Heads, heads_of, runs_over_kv
 from shardwise.layers import Cut, Local, LocalParamsParallel, ParallelStyle, Replicate, stores_transposed
 from shardwise.layers.linear import ColwiseGatherOutput, LinearStyle, RowwiseSplitInput
 from shardwise.layers.registry import style_named
-from shardwise.layout import Layout, Replicated
+from shardwise.layout import Layout, Replicated, Shape
 from shardwise.norms import head_norms
 from shardwise.plan import Plan, wildcard
 from shardwise.spec import ModuleSpec, Rule, ShardSpec
@@ -134,6 +134,8 @@ class _Resolver:
             if problem := heads.problem(self.size):
                 raise problems.heads(name if name in self.rules else owner, problem, rule, heads, self.size)
             cut = _head_cut(heads, target[2], shape[where[0]], self.size)
+        if cut is None and len(shape) == 3:
+            cut = _expert_cut(style, shape, self.size)
         layout = style.layout(shape, replace(cut, transposed=transposed)) if cut is not None else plain
         if problem := layout.problem(shape, self.size):
             raise problems.uncuttable(name, problem, shape, rule)
@@ -182,6 +184,7 @@ class _Resolver:
         return {p: dropout[p] and p in closes for p, count in opens.items() if p in closes and (count > 1 or dropout[p])}
 
 
+_ALIGNED = 8
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
@@ -199,6 +202,12 @@ def _head_cut(heads: Heads, child: str, length: int, size: int) -> Cut | None:
 def _drops_out(module: nn.Module) -> bool:
     rates = [value for key, value in vars(module).items() if "drop" in key and isinstance(value, float)]
     return any(rate > 0 for rate in rates) or any(isinstance(m, nn.Dropout) and m.p > 0 for m in module.children())
+
+
+def _expert_cut(style: type[ParallelStyle], shape: Shape, size: int) -> Cut | None:
+    # Grouped matrix products want rows of whole 16 bytes, 8 elements of two bytes; not where that leaves a rank nothing.
+    cut = Cut(unit=_ALIGNED)
+    return cut if style.layout(shape, cut).problem(shape, size) is None else None
 
 
 def _shares(row: ShardSpec, size: int) -> bool:

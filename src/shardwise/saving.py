@@ -17,9 +17,10 @@ from torch import Tensor
 from shardwise.errors import CheckpointError, ShardwiseError, describe
 from shardwise.hf import checkpoint_tensors, description_files
 from shardwise.lazy import Box, LazyTensor, lazy, read
-from shardwise.mesh import is_first_replica
-from shardwise.parallelize import required_state
-from shardwise.rendezvous import DEFAULT_TIMEOUT, meet
+from shardwise.mesh import all_replicas, is_first_replica, replica_groups
+from shardwise.parallelize import required_state, row_of
+from shardwise.rendezvous import DEFAULT_TIMEOUT, meet_ranks
+from shardwise.replicas import check_same_arguments
 from shardwise.spec import ShardSpec
 from shardwise.state import gather_to_first
 from shardwise.storage import CheckpointWriter, Entry, FilePlan, plan_files
@@ -47,8 +48,8 @@ def save_pretrained(
     moment leaves the earlier checkpoint in the directory whole.
 
     Args:
-        model: a parallel model, on every rank of its tp axis.
-        save_directory: where to; the first rank writes.
+        model: a parallel model, on every rank of its tp axis, and in every data-parallel replica of its mesh.
+        save_directory: where to; the first rank writes. No rank returns before the files are there.
         max_shard_size: the size above which several files are written, in bytes or as "5GB".
         variant: goes into the file names ("model.fp16.safetensors").
         save_original_format: convert the weights back to the form that the checkpoint had (one matrix an expert, ...).
@@ -60,7 +61,8 @@ def save_pretrained(
     _refuse(model, unused)
     directory = os.fspath(save_directory)  # on every rank: what is wrong with it must not be news to the first one only
     mesh = required_state(model).mesh
-    meet(mesh, "save_pretrained", timeout)
+    meet_ranks(all_replicas(mesh), "save_pretrained", timeout)
+    check_same_arguments(mesh, "save_pretrained", directory, max_shard_size, variant, save_original_format)
     tensors = checkpoint_tensors(model, dict(_lazy_shards(model)), save_original_format)
     plan = plan_files(
         [Entry(n, t.dtype, tuple(t.shape)) for n, t in tensors.items()], max_shard_size=max_shard_size, variant=variant
@@ -123,7 +125,7 @@ class _Save:
                     break
                 failure = self._write(entry, self._read(entry))  # not named: it would stay while the next one is read
             failure = self._close(stack, failure)
-        if self._failed(failure):
+        if self._failed(failure, replicas=True):
             raise failure or CheckpointError(
                 "save_pretrained: the writing rank failed; its own message says why. The earlier checkpoint is whole."
             )
@@ -160,10 +162,11 @@ class _Save:
             return failure or error
         return failure
 
-    def _failed(self, failure: Exception | None) -> bool:
-        """Whether the writing rank has failed, as it tells the others, so that none is left waiting."""
+    def _failed(self, failure: Exception | None, replicas: bool = False) -> bool:
+        """Whether the writing rank has failed, as it tells the others, so that none is left waiting or goes on too early."""
         flag = torch.tensor([int(failure is not None)], device=_collective_device(self.mesh))
-        dist.all_reduce(flag, group=self.mesh.get_group())
+        for group in (self.mesh.get_group(), *(replica_groups(self.mesh) if replicas else ())):
+            dist.all_reduce(flag, group=group)
         return bool(flag.item())
 
 
@@ -171,7 +174,7 @@ def _lazy_shards(model: PreTrainedModel) -> Iterator[tuple[str, LazyTensor]]:
     state = required_state(model)
     made: dict[str, LazyTensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        row = state.plan[name]
+        row = row_of(state, name, tensor)
         if row.name not in made:
             made[row.name] = lazy(ShardSource(row, tensor.detach(), state.mesh))
         yield name, made[row.name]

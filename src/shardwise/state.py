@@ -8,9 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from shardwise.errors import ShardwiseError
 from shardwise.mesh import local_device
-from shardwise.parallelize import ModelState, state_of
+from shardwise.parallelize import ModelState, row_of, state_of
 from shardwise.rendezvous import meet
 from shardwise.spec import ShardSpec
 
@@ -114,13 +113,11 @@ def _within(tensor: Tensor, ranges: tuple[tuple[int, int], ...]) -> Tensor:
 
 
 def _gather_all(state: ModelState, named: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    rows = {name: row_of(state, name, tensor) for name, tensor in named.items()}
     gathered: dict[str, Tensor] = {}
     full: dict[str, Tensor] = {}
     for name, tensor in named.items():
-        name = name.removeprefix("_orig_mod.").removeprefix("module.")
-        if name not in state.plan:
-            raise ShardwiseError(f"{name} is not in the model's plan: it was added after the model became parallel.")
-        row = state.plan[name]
+        row = rows[name]
         if row.name not in gathered:
             whole = gather_to_first(row, tensor, state.mesh)
             gathered[row.name] = tensor.new_empty(0) if whole is None else whole.cpu()

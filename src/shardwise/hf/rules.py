@@ -7,6 +7,8 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from shardwise.errors import PlanError, describe
+from shardwise.layers import ColwiseGatherOutput, ColwiseParallel
+from shardwise.plan import Plan
 from shardwise.plans import corrections, dealt_experts
 from shardwise.spec import Rule
 
@@ -39,6 +41,21 @@ def base_prefix(model: nn.Module) -> str:
         return ""
     base = model.base_model
     return "" if base is model else f"{model.base_model_prefix}."
+
+
+def check_head(model: nn.Module, plan: Plan) -> None:
+    """Raise `PlanError` when the head's outputs would stay in parts: each rank would take its slice of the logits for all."""
+    head = _end(model, "get_output_embeddings", nn.Linear) if isinstance(model, PreTrainedModel) else None
+    row = next((row for row in plan.modules if head is not None and row.name == head[0]), None)
+    if row is None or not issubclass(row.style, ColwiseParallel) or issubclass(row.style, ColwiseGatherOutput):
+        return
+    raise PlanError(
+        describe(
+            f"{row.name}: its outputs are the logits, and each rank would be left with its slice of them.",
+            rule=str(row.rule),
+            either=['"colwise_gather_output" for it, or', f'"replicate" for it: tp_plan={{"{row.name}": "replicate"}}'],
+        )
+    )
 
 
 def _vocabulary(model: PreTrainedModel, rules: list[Rule]) -> list[Rule]:

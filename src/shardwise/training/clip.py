@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from shardwise.errors import ShardwiseError, describe
 from shardwise.mesh import local_device
-from shardwise.parallelize import ModelState, state_of
+from shardwise.parallelize import parallel_parts, row_of
 from shardwise.spec import ShardSpec
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ def clip_grad_norm_(
     of KV heads that some ranks share one of these ranks'. Every rank scales by the same number.
 
     Args:
-        model: a parallel model (an ordinary one is clipped by torch's own function).
+        model: a parallel model, or a module around one: parameters outside (a value head) must be the same on every rank. An
+            ordinary model is clipped by torch's own function.
         max_norm: the largest norm that is left as it is.
         norm_type: the p of the p-norm, or infinity.
         error_if_nonfinite: raise `RuntimeError`, on every rank, when the norm is not finite.
@@ -35,31 +37,41 @@ def clip_grad_norm_(
 
     Returns the norm before clipping, a scalar in float32 (float64 for float64 gradients), bitwise the same on every rank.
     """
-    state = state_of(model)
-    if state is None:
+    parts = list(parallel_parts(model))
+    if not parts:
         return torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm, norm_type, error_if_nonfinite, foreach)
-    named = {name.removeprefix("_orig_mod.").removeprefix("module."): p for name, p in model.named_parameters()}
-    gradients = {name: p.grad for name, p in named.items() if p.grad is not None}
+    mesh = _common_axis(model, [state.mesh for state, _ in parts])
+    rows = {p: row_of(state, name, p) for state, part in parts for name, p in part.named_parameters()}
+    gradients = {p: p.grad for p in model.parameters() if p.grad is not None}
     precision = torch.float64 if any(g.dtype == torch.float64 for g in gradients.values()) else torch.float32
-    counted = [torch.zeros((), dtype=precision, device=local_device(state.mesh))]  # on some ranks nothing counts
-    counted += [
-        part.to(precision) for name, gradient in gradients.items() for part in _counted(state.plan[name], gradient, state)
-    ]
+    counted = [torch.zeros((), dtype=precision, device=local_device(mesh))]  # on some ranks nothing counts
+    counted += [part.to(precision) for p, gradient in gradients.items() for part in _counted(rows.get(p), gradient, mesh)]
     norms = torch.stack(torch._foreach_norm(counted, norm_type))
-    total = _total(norms, norm_type, state.mesh)
+    total = _total(norms, norm_type, mesh)
     if error_if_nonfinite and not torch.isfinite(total):
         raise RuntimeError(
             f"The total norm of order {norm_type} of the gradients is not finite, so they cannot be clipped: {total.item()}."
         )
-    torch.nn.utils.clip_grads_with_norm_(named.values(), max_norm, total, foreach)
+    torch.nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, total, foreach)
     return total
 
 
-def _counted(row: ShardSpec, gradient: Tensor, state: ModelState) -> Iterator[Tensor]:
-    """The parts of this rank's gradient that no earlier rank holds too."""
-    rank, size = state.mesh.get_local_rank(), state.mesh.size()
-    cut = row.layout.cut(row.shape)
-    if cut is None:
+def _common_axis(model: nn.Module, meshes: list[DeviceMesh]) -> DeviceMesh:
+    if any(mesh != meshes[0] for mesh in meshes):
+        raise ShardwiseError(
+            describe(
+                f"{type(model).__name__} has parallel models on different axes, whose gradients have no common norm.",
+                either=["clip each by itself"],
+            )
+        )
+    return meshes[0]
+
+
+def _counted(row: ShardSpec | None, gradient: Tensor, mesh: DeviceMesh) -> Iterator[Tensor]:
+    """The parts of this rank's gradient that no earlier rank holds too; of a parameter outside the plan, every rank has all."""
+    rank, size = mesh.get_local_rank(), mesh.size()
+    cut = row.layout.cut(row.shape) if row is not None else None
+    if row is None or cut is None:
         if rank == 0:
             yield gradient
         return
