@@ -92,7 +92,7 @@ def test_save_on_the_first_rank_only(threads, pool2, tmp_path, monkeypatch):
     assert none is None
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert all(torch.equal(tensor, full[name]) for name, tensor in loaded.state_dict().items())
-    monkeypatch.setattr("shardwise.saving.meet", lambda *arguments: None)
+    monkeypatch.setattr("shardwise.saving.meet_ranks", lambda *arguments: None)
     with pytest.raises(RankTimeoutError):
         threads(_save_on_rank_0, 2, model, str(tmp_path), timeout=3.0)
 

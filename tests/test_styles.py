@@ -287,3 +287,18 @@ def test_every_style_is_tested():
     """Guards: a style that is added without a test here."""
     tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*styles.py")) + json.dumps(ATTENTION_PLAN)
     assert [name for name in STYLES if f'"{name}"' not in tests] == []
+
+
+def _own_attribute(linear):
+    plan = {"0": "replicated_with_grad_allreduce", "1": "colwise_gather_output"}
+    model = shardwise.parallelize(nn.Sequential(nn.LayerNorm(4), copy.deepcopy(linear)), tp_axis(), plan)
+    norm = model[0]
+    assert model.get_parameter("0.weight") is norm.weight
+    norm.weight.pow(2).sum().backward()
+    return norm.weight.grad
+
+
+def test_a_summed_parameter_is_itself_outside_of_its_forward(threads):
+    """Guards: a penalty on `module.weight` that counts once for each rank; a `weight` that can't be frozen or optimized."""
+    for gradient in threads(_own_attribute, 2, nn.Linear(4, 4)):
+        torch.testing.assert_close(gradient, torch.full((4,), 2.0))

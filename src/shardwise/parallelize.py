@@ -97,13 +97,18 @@ def parallel_parts(model: nn.Module) -> Iterator[tuple[ModelState, nn.Module]]:
             yield state, module
 
 
+def plain_name(name: str) -> str:
+    """A tensor's name in the model itself, without what DDP ("module.") and torch.compile ("_orig_mod.") put into it."""
+    parts = name.split(".")
+    return ".".join(part for i, part in enumerate(parts) if part != "_orig_mod" and not (i == 0 and part == "module"))
+
+
 def row_of(state: ModelState, name: str, tensor: Tensor) -> ShardSpec:
     """The row of the tensor that a parallel model has under `name`, whatever DDP or torch.compile wrapped it in.
 
     Raises `ShardwiseError` for one that was added or replaced after the model became parallel: the table does not know it.
     """
-    parts = name.split(".")
-    name = ".".join(part for i, part in enumerate(parts) if part != "_orig_mod" and not (i == 0 and part == "module"))
+    name = plain_name(name)
     row = state.plan.get(name)
     if row is not None and tuple(tensor.shape) == row.local_shape(state.mesh.get_local_rank(), state.mesh.size()):
         return row

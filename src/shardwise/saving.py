@@ -18,7 +18,7 @@ from shardwise.errors import CheckpointError, ShardwiseError, describe
 from shardwise.hf import checkpoint_tensors, description_files
 from shardwise.lazy import Box, LazyTensor, lazy, read
 from shardwise.mesh import all_replicas, is_first_replica, replica_groups
-from shardwise.parallelize import required_state, row_of
+from shardwise.parallelize import plain_name, required_state, row_of
 from shardwise.rendezvous import DEFAULT_TIMEOUT, meet_ranks
 from shardwise.replicas import check_same_arguments
 from shardwise.spec import ShardSpec
@@ -177,7 +177,7 @@ def _lazy_shards(model: PreTrainedModel) -> Iterator[tuple[str, LazyTensor]]:
         row = row_of(state, name, tensor)
         if row.name not in made:
             made[row.name] = lazy(ShardSource(row, tensor.detach(), state.mesh))
-        yield name, made[row.name]
+        yield plain_name(name), made[row.name]
 
 
 def _collective_device(mesh: DeviceMesh) -> torch.device:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from shardwise.mesh import local_device
-from shardwise.parallelize import ModelState, row_of, state_of
+from shardwise.parallelize import ModelState, plain_name, row_of, state_of
 from shardwise.rendezvous import meet
 from shardwise.spec import ShardSpec
 
@@ -121,5 +121,5 @@ def _gather_all(state: ModelState, named: dict[str, Tensor]) -> dict[str, Tensor
         if row.name not in gathered:
             whole = gather_to_first(row, tensor, state.mesh)
             gathered[row.name] = tensor.new_empty(0) if whole is None else whole.cpu()
-        full[name] = gathered[row.name]
+        full[plain_name(name)] = gathered[row.name]
     return full if state.mesh.get_local_rank() == 0 else None

@@ -7,7 +7,7 @@ the traceback, and undoing it is one assignment.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -93,6 +93,7 @@ class ShardState:
         region: what the module shares with its siblings between a column-wise and a row-wise layer; None where there is
             nothing to share.
         restore: attributes as they were before, for the way back.
+        summing: the module's forward is running: parameters read now are those whose gradient is summed.
 
     `sizes` has the ranks' lengths along each parameter's cut dim.
     """
@@ -103,6 +104,7 @@ class ShardState:
     options: Mapping[str, int] = field(default_factory=dict)
     region: Region | None = None
     restore: dict[str, object] = field(default_factory=dict)
+    summing: bool = False
 
     def __post_init__(self) -> None:
         size = self.mesh.size()
@@ -178,7 +180,23 @@ def _make_class(recipe: Recipe) -> type[nn.Module]:
     style, base, summed = recipe
     namespace: dict[str, object] = {name: _summed_parameter(name) for name in summed}
     namespace |= {"__module__": base.__module__, "_recipe": recipe, "__reduce_ex__": _reduce_parallel}
+    if summed:
+        namespace["forward"] = _summing_forward(style, base)
     return type(f"{style.prefix}{base.__name__}", (style, base), namespace)
+
+
+def _summing_forward(style: type[ParallelStyle], base: type[nn.Module]) -> Callable[..., Any]:
+    # Elsewhere `module.weight` is the parameter itself: to be frozen, penalised, given to an optimizer.
+    inner: Any = type(style.__name__, (style, base), {})
+
+    def forward(self: ParallelStyle, *args: Any, **kwargs: Any) -> Any:
+        self._tp.summing = True
+        try:
+            return inner.forward(self, *args, **kwargs)
+        finally:
+            self._tp.summing = False
+
+    return forward
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
@@ -195,7 +213,9 @@ def is_parallel(module: nn.Module) -> bool:
 def _summed_parameter(name: str) -> property:
     def read(self: ParallelStyle) -> Tensor | None:
         parameter = self._parameters[name]
-        return None if parameter is None else sum_gradient(parameter, *self._tp.layouts[name], self._tp.mesh)
+        if parameter is None or not self._tp.summing:
+            return parameter
+        return sum_gradient(parameter, *self._tp.layouts[name], self._tp.mesh)
 
     return property(read)
 
