@@ -9,7 +9,7 @@ PYTHON ?= python3
 TORCH ?= $(or $(shell cat $(CHOSEN) 2>/dev/null),torch==2.13.0)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format clean FORCE
+.PHONY: help setup demo test parity check format clean FORCE
 
 help:  ## this text
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ demo: $(READY)  ## train, check, save and reload a small model on two processes
 
 test: $(READY)  ## the test suite; ARGS='-k name' is handed on to pytest
 	@$(BIN)/python -m pytest $(ARGS)
+
+parity: $(READY)  ## every type beside one process, on 2 and 4 ranks; writes docs/architectures.md
+	@PYTHONPATH=tests HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m parity $(ARGS)
 
 check: $(READY)  ## format, lint, types, layers
 	$(BIN)/ruff format --check

@@ -63,7 +63,7 @@ def measure(model: PreTrainedModel) -> Figures:
         loss.backward()
         losses.append(loss.detach())
         accumulated.append(gradients(model))
-    common = _held_in_common(model)
+    common = held_in_common(model)
     norms = {
         "largest": shardwise.clip_grad_norm_(model, 1e-3, float("inf")),
         "euclidean": shardwise.clip_grad_norm_(model, 1e-3),
@@ -103,7 +103,7 @@ def _is_sharded(model: nn.Module) -> bool:
     return hasattr(model, "_shardwise")
 
 
-def _held_in_common(model: nn.Module) -> dict[str, Tensor]:
+def held_in_common(model: nn.Module) -> dict[str, Tensor]:
     """This rank's gradients of what other ranks hold too, by the parameter's name and where the piece starts in the full
     tensor.
     """

@@ -139,6 +139,7 @@ TINY: dict[str, dict[str, object]] = {
     | DENSE_THEN_SPARSE
     | {"layer_types": ["linear_attention", "full_attention"], "linear_num_heads": 4, "linear_head_dim": 16},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "minicpm3": LATENT,
     "minimax": {"layer_types": ["linear_attention", "full_attention"], "block_size": 8},
     "minimax_m3_vl_text": DENSE_THEN_SPARSE | {"dense_intermediate_size": 96, "shared_intermediate_size": 48},
     "nemotron_h": {
@@ -253,10 +254,10 @@ def _known(name: str) -> frozenset[str]:
 
 
 def config(name: str, **options: object) -> PreTrainedConfig:
-    """The config of a type in `TINY`."""
+    """The config of a type in `TINY`, or of another one, for which the common sizes may do."""
     common = {key: value for key, value in COMMON.items() if key in _known(name)}
-    given = {key: value for key, value in (common | TINY[name] | options).items() if not (key in COMMON and value is None)}
-    return AutoConfig.for_model(name, **given)
+    given = common | TINY.get(name, {}) | options
+    return AutoConfig.for_model(name, **{k: value for k, value in given.items() if not (k in COMMON and value is None)})
 
 
 def build(name: str, **options: object) -> PreTrainedModel:

@@ -52,6 +52,7 @@ CORRECTIONS: Mapping[str, Corrections] = MappingProxyType(
         "kimi_linear": completed.delta_and_latent,
         "lfm2": completed.lfm2,
         "lfm2_moe": completed.lfm2,
+        "minicpm3": completed.compressed_queries,
         "minimax": completed.minimax,
         "minimax_m3_vl_text": completed.minimax_m3,
         "mpt": decoders.mpt,

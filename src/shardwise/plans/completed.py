@@ -25,6 +25,11 @@ def latent(model: nn.Module, prefix: str, size: int) -> list[Rule]:
     return latent_attention(model, prefix)
 
 
+def compressed_queries(model: nn.Module, prefix: str, size: int) -> list[Rule]:
+    """The queries' latent, where the model's plan names all else of latent attention."""
+    return [found for found in latent_attention(model, prefix) if found.pattern.endswith(".q_a_proj")]
+
+
 def plain_attention(model: nn.Module, prefix: str, size: int) -> list[Rule]:
     """Attention, and sinks where it has them."""
     return attention(model, prefix)

@@ -1,0 +1,151 @@
+"""What is measured of one type: in this process on the plain model, on every rank on its shards; and what is compared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
+
+from figures import gradient_error, gradients, held_in_common, load_sharded
+from models import batches
+
+LOGITS = 1e-4  # float32 sums of some 100 terms of order 1 differ by 1e-6; a lost or doubled term is of order 1e-2 at least
+LOSS = 1e-5
+GRADIENTS = 1e-3  # relative; what is not summed, or summed twice, is wrong by half of itself or by itself
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one process or rank finds, of two micro-batches. The gradients, after each of them, are on the first rank alone.
+
+    `share`: the bytes of the fullest rank, times the ranks, over those of the model.
+    """
+
+    logits: list[Tensor]
+    losses: list[Tensor]
+    gradients: list[dict[str, Tensor] | None]
+    common: list[dict[str, Tensor]]
+    tokens: Tensor
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A type on some ranks beside one process: the largest errors, and in words everything that is not as it should be."""
+
+    logits: float
+    gradients: float
+    share: float
+    wrong: tuple[str, ...]
+
+
+def measure_plain(path: Path) -> Measured:
+    """Of the ordinary model, in this process."""
+    with quiet():
+        return _measure(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32))
+
+
+def measure_sharded(path: Path, saved: Path) -> Measured:
+    """On every rank, of its shards, which are saved to `saved`."""
+    with quiet():
+        model = load_sharded(path)
+        model.save_pretrained(saved)
+        return _measure(model)
+
+
+def compare(ranks: Sequence[Measured], plain: Measured, loaded: Path, saved: Path) -> Outcome:
+    """What the ranks found beside what one process found."""
+    logits = max(_distance(rank.logits, plain.logits) for rank in ranks)
+    loss = max(_distance(rank.losses, plain.losses) for rank in ranks)
+    wrong = [f"logits are off by {logits:.1e}"] if not logits < LOGITS else []
+    wrong += [f"the loss is off by {loss:.1e}"] if not loss < LOSS else []
+    gradient, said = _compare_gradients(ranks[0].gradients, plain.gradients)
+    wrong += said + _differing(ranks)
+    if not all(torch.equal(rank.tokens, plain.tokens) for rank in ranks):
+        wrong.append("other tokens are generated")
+    files = sorted({path.name for at in (loaded, saved) for path in at.iterdir()})
+    changed = [name for name in files if _bytes(loaded / name) != _bytes(saved / name)]
+    wrong += [f"saved {', '.join(changed)} other than loaded"] if changed else []
+    return Outcome(logits, gradient, ranks[0].share, tuple(wrong))
+
+
+def _measure(model: PreTrainedModel) -> Measured:
+    logits, losses, accumulated, common = [], [], [], []
+    model.train()
+    for batch in batches()[:2]:
+        torch.manual_seed(0)  # for a router that draws
+        output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels)
+        output.loss.backward()
+        logits.append(output.logits.detach())
+        losses.append(output.loss.detach())
+        accumulated.append(gradients(model))
+        common.append({name: gradient.clone() for name, gradient in held_in_common(model).items() if gradient is not None})
+    model.zero_grad()
+    first = batches()[0]
+    tokens = model.eval().generate(
+        first.input_ids, attention_mask=first.attention_mask, max_new_tokens=8, min_new_tokens=8, do_sample=False
+    )
+    return Measured(logits, losses, accumulated, common, tokens, _share(model))
+
+
+def _share(model: PreTrainedModel) -> float:
+    if not hasattr(model, "_shardwise"):
+        return 1.0
+    plan = model._shardwise.plan
+    return max(plan.local_bytes(rank) for rank in range(plan.size)) * plan.size / plan.full_bytes
+
+
+def _compare_gradients(
+    actual: Sequence[dict[str, Tensor] | None], expected: Sequence[dict[str, Tensor] | None]
+) -> tuple[float, list[str]]:
+    worst, wrong = 0.0, []
+    for number, (ours, theirs) in enumerate(zip(actual, expected, strict=True), start=1):
+        assert ours is not None
+        assert theirs is not None
+        if odd := sorted(ours.keys() ^ theirs.keys()):
+            return float("inf"), [f"gradients missing or extra: {', '.join(odd[:3])}"]
+        error = gradient_error(ours, theirs)
+        worst = max(worst, error)
+        wrong += [f"gradients of {number} micro-batches are off by {error:.1e}"] if not error < GRADIENTS else []
+    return worst, wrong
+
+
+def _differing(ranks: Sequence[Measured]) -> list[str]:
+    seen: dict[tuple[int, str], Tensor] = {}
+    differ = [
+        name
+        for rank in ranks
+        for number, common in enumerate(rank.common)
+        for name, gradient in common.items()
+        if not torch.equal(seen.setdefault((number, name), gradient), gradient)
+    ]
+    return [f"replicated gradients differ between ranks: {', '.join(sorted(set(differ))[:3])}"] if differ else []
+
+
+def _distance(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    if [tensor.shape for tensor in actual] != [tensor.shape for tensor in expected]:
+        return float("inf")
+    return max((a - e).abs().max().item() for a, e in zip(actual, expected, strict=True))
+
+
+def _bytes(path: Path) -> bytes | None:
+    return path.read_bytes() if path.exists() else None
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' progress bars and warnings of odd sizes, which all tiny models have."""
+    earlier = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(earlier)
+        logging.enable_progress_bar()
