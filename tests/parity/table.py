@@ -12,7 +12,7 @@ from rich.table import Table
 
 from parity.job import Outcome
 from parity.sizes import EVEN, LARGE, RANKS, real_size
-from parity.types import FILLED, without_plan
+from parity.types import ELSEWHERE, FILLED
 
 RANK_COUNTS = (2, 4)
 COLUMNS = (
@@ -87,10 +87,11 @@ def render(results: Results) -> str:
     """`docs/architectures.md`."""
     rows = [COLUMNS, ["---"] * len(COLUMNS), *(cells(name, result) for name, result in results.items())]
     text = _HEAD + "".join(f"| {' | '.join(row)} |\n" for row in rows)
-    missing = ", ".join(f"`{name}`" for name in without_plan())
+    filled = ", ".join(f"`{name}`" for name in FILLED)
+    elsewhere = "; ".join(f"`{name}`: {where}" for name, where in ELSEWHERE.items())
     return (
-        f"{text}\nThe default config leaves open what a model needs, and the sizes are filled in: "
-        f"{', '.join(f'`{name}`' for name in FILLED)}.\n" + (f"\nNo plan yet: {missing}.\n" if missing else "")
+        f"{text}\nThe default config leaves open what a model needs, and the sizes are filled in: {filled}.\n"
+        f"\nNot in the table: {elsewhere}.\n"
     )
 
 
@@ -113,7 +114,7 @@ def show(results: Results, console: Console) -> None:
             if not one.exact:
                 console.print(f"{name}, tp={size}: {'; '.join(one.problems)}", style="red", markup=False)
     exact = sum(one.exact for result in results.values() for one in result.values())
-    console.print(f"{exact} of {sum(map(len, results.values()))} exact; no plan yet: {', '.join(without_plan()) or 'none'}")
+    console.print(f"{exact} of {sum(map(len, results.values()))} exact")
 
 
 def _error(outcomes: list[Outcome], read: Callable[[Outcome], float]) -> str:

@@ -30,7 +30,6 @@ MROPE: dict[str, object] = {
 
 # What a type needs besides `tiny.COMMON`; those of `tiny.TINY` are there.
 OPTIONS: dict[str, dict[str, object]] = {
-    "aria_text": {"moe_num_experts": 4, "moe_topk": 2},
     "axk2": LATENT | DENSE_THEN_SPARSE | INDEXER | {"layer_types": ["indexed_attention"] * 2, "n_group": None},
     "cohere2": SLIDING_THEN_FULL,
     "cohere2_moe": SLIDING_THEN_FULL,
@@ -63,7 +62,6 @@ OPTIONS: dict[str, dict[str, object]] = {
             "projector_output_dim": 32,
         },
     },
-    "llama4_text": LLAMA4,
     "longcat_flash": LATENT
     | {"num_layers": 2, "ffn_hidden_size": 96, "expert_ffn_hidden_size": 32, "zero_expert_num": 2, "moe_topk": 2},
     "mellum": DENSE_THEN_SPARSE | SLIDING_THEN_FULL,
@@ -79,6 +77,14 @@ OPTIONS: dict[str, dict[str, object]] = {
 # Types whose default config leaves open what a model needs: the sizes of a published one, or the config's own elsewhere.
 FILLED: dict[str, dict[str, object]] = {
     "cohere_compass_text": {"rope_parameters": MROPE},
+    "dbrx": {
+        "d_model": 6144,
+        "n_heads": 48,
+        "n_layers": 40,
+        "vocab_size": 100352,
+        "attn_config": {"kv_n_heads": 8, "clip_qkv": 8, "rope_theta": 500000.0},
+        "ffn_config": {"hidden_size": 6144, "ffn_hidden_size": 10752, "moe_num_experts": 16, "moe_top_k": 4},
+    },
     "dots1": {"n_routed_experts": 128, "num_experts_per_tok": 6, "n_shared_experts": 2},
     "hunyuan_v1_moe": {"head_dim": 128},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
@@ -93,25 +99,12 @@ FILLED: dict[str, dict[str, object]] = {
     },
 }
 
-# What the pull request that brought tensor parallelism in plain tensors to transformers (#43157) was tried on.
-FAMILIES = (
-    "afmoe",
-    "apertus",
-    "arcee",
-    "aria",
-    "bamba",
-    "cohere",
-    "cohere2",
-    "cwm",
-    "dbrx",
-    "deepseek_v2",
-    "deepseek_v3",
-    "diffllama",
-    "doge",
-    "dots1",
-    "emu3",
-    "ernie4_5",
-)
+# Of the families that the first pull request for plain tensors in transformers (#43157) was tried on, those that are no type
+# with a plan: where their language model is checked.
+ELSEWHERE = {
+    "aria": "its language model is `aria_text`",
+    "emu3": "`tests/test_plans.py` checks its language model, `emu3_text_model`",
+}
 
 
 def build(name: str) -> PreTrainedModel:
@@ -132,11 +125,6 @@ def default(name: str) -> PreTrainedConfig:
 def types() -> tuple[str, ...]:
     """Every causal-LM type with a plan for tensor parallelism, transformers' or ours, in alphabetical order."""
     return tuple(sorted(filter(_has_plan, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)))
-
-
-def without_plan() -> tuple[str, ...]:
-    """Those of `FAMILIES` that have none yet."""
-    return tuple(name for name in FAMILIES if name not in types())
 
 
 def _has_plan(name: str) -> bool:
