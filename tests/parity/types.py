@@ -9,7 +9,6 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTraine
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import tiny
-from shardwise.plans import CORRECTIONS
 from tiny import DELTA_NET, DENSE_THEN_SPARSE, LATENT
 
 SLIDING_THEN_FULL: dict[str, object] = {"layer_types": ["sliding_attention", "full_attention"]}
@@ -107,6 +106,10 @@ ELSEWHERE = {
 }
 
 
+OURS = ("bamba", "dbrx", "diffllama", "gpt_oss", "zaya")
+"""Types to which shardwise gives a plan, transformers none."""
+
+
 def build(name: str) -> PreTrainedModel:
     """The tiny model in float32, the same in every process."""
     model = tiny.build(name, **OPTIONS.get(name, {}))
@@ -123,9 +126,9 @@ def default(name: str) -> PreTrainedConfig:
 
 @cache
 def types() -> tuple[str, ...]:
-    """Every causal-LM type with a plan for tensor parallelism, transformers' or ours, in alphabetical order."""
+    """Every causal-LM type whose config has a plan for tensor parallelism, and `OURS`, in alphabetical order."""
     return tuple(sorted(filter(_has_plan, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)))
 
 
 def _has_plan(name: str) -> bool:
-    return name in CORRECTIONS or bool(getattr(CONFIG_MAPPING[name], "base_model_tp_plan", None))
+    return name in OURS or bool(getattr(CONFIG_MAPPING[name], "base_model_tp_plan", None))
