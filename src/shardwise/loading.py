@@ -169,7 +169,7 @@ class _Request:
         plan = required_state(model).plan
         facts = {
             "the class of the model": digest(type(model)),
-            "the plan, its shapes or dtypes": digest(*plan.tensors, *plan.modules),
+            "the plan, its shapes or dtypes": digest(*sorted(map(repr, (*plan.tensors, *plan.modules)))),
             "the checkpoint": digest(self.fingerprint),
         }
         for what, number in facts.items():

@@ -19,7 +19,9 @@ def check_same_weights(model: nn.Module, mesh: DeviceMesh) -> None:
     """Raise `MismatchError`, on every rank, when the ranks' copies of an ordinary model differ, naming the first tensor.
     Collective.
     """
-    named = {name: tensor for name, tensor in (*model.named_parameters(), *model.named_buffers()) if not tensor.is_meta}
+    # By name: a model may register its buffers in the order of a set, which is another one in every process.
+    everything = sorted((*model.named_parameters(), *model.named_buffers()), key=lambda item: item[0])
+    named = {name: tensor for name, tensor in everything if not tensor.is_meta}
     sums = torch.tensor([len(named), *(checksum(tensor) for tensor in named.values())], dtype=torch.int64)
     if (rank := first_difference(sums[:1], mesh)) is not None:
         raise MismatchError(
