@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from shardwise.collectives import gather_into
 from shardwise.errors import MismatchError, describe
+from shardwise.mesh import local_device
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -61,8 +62,7 @@ def digest(*parts: object) -> int:
 
 def first_difference(values: Tensor, mesh: DeviceMesh) -> int | None:
     """The first rank whose `values` (n, int64, as long on every rank) differ from rank 0's. Collective."""
-    device = "cpu" if mesh.device_type == "cpu" else torch.device(mesh.device_type, torch.accelerator.current_device_index())
-    mine = values.to(device)
+    mine = values.to(local_device(mesh))
     everyone = mine.new_empty(mesh.size() * len(mine))
     gather_into(everyone, mine, group=mesh.get_group())
     rows = everyone.view(mesh.size(), -1).cpu()

@@ -17,7 +17,7 @@ from torch import Tensor
 from shardwise.errors import CheckpointError, ShardwiseError, describe
 from shardwise.hf import checkpoint_tensors, description_files
 from shardwise.lazy import Box, LazyTensor, lazy, read
-from shardwise.mesh import all_replicas, is_first_replica, replica_groups
+from shardwise.mesh import all_replicas, is_first_replica, local_device, replica_groups
 from shardwise.parallelize import plain_name, required_state, row_of
 from shardwise.rendezvous import DEFAULT_TIMEOUT, meet_ranks
 from shardwise.replicas import check_same_arguments
@@ -164,7 +164,7 @@ class _Save:
 
     def _failed(self, failure: Exception | None, replicas: bool = False) -> bool:
         """Whether the writing rank has failed, as it tells the others, so that none is left waiting or goes on too early."""
-        flag = torch.tensor([int(failure is not None)], device=_collective_device(self.mesh))
+        flag = torch.tensor([int(failure is not None)], device=local_device(self.mesh))
         for group in (self.mesh.get_group(), *(replica_groups(self.mesh) if replicas else ())):
             dist.all_reduce(flag, group=group)
         return bool(flag.item())
@@ -178,14 +178,6 @@ def _lazy_shards(model: PreTrainedModel) -> Iterator[tuple[str, LazyTensor]]:
         if row.name not in made:
             made[row.name] = lazy(ShardSource(row, tensor.detach(), state.mesh))
         yield plain_name(name), made[row.name]
-
-
-def _collective_device(mesh: DeviceMesh) -> torch.device:
-    return (
-        torch.device("cpu")
-        if mesh.device_type == "cpu"
-        else torch.device(mesh.device_type, torch.accelerator.current_device_index())
-    )
 
 
 def _refuse(model: PreTrainedModel, keywords: dict[str, object]) -> None:

@@ -117,6 +117,14 @@ class ShardState:
         """The input of a column-wise layer: I -> R, shared among siblings."""
         return copy_to_tp(x, self.mesh) if self.region is None else self.region.enter(x, self.mesh, training)
 
+    def own(self, ids: Tensor, name: str) -> tuple[Tensor, Tensor]:
+        """`ids` along the cut dim of parameter `name`, counted from where this rank's part starts; and which of them other
+        ranks hold. Shapes: as `ids`, the second bool.
+        """
+        sizes, rank = self.sizes[name], self.mesh.get_local_rank()
+        local = ids - sum(sizes[:rank])
+        return local, (local < 0) | (local >= sizes[rank])
+
     def leave(self) -> None:
         """The end of a parallel region, in front of the row-wise product."""
         if self.region is not None:

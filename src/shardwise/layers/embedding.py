@@ -58,12 +58,9 @@ class EmbeddingRowwise(EmbeddingStyle):
         return own | {"padding_idx": mine if 0 <= mine < local.shape("weight")[0] else None}
 
     def forward(self, input: Tensor) -> Tensor:
-        mesh, sizes = self._tp.mesh, self._tp.sizes["weight"]
-        rank = mesh.get_local_rank()
-        ids = input - sum(sizes[:rank])
-        elsewhere = (ids < 0) | (ids >= sizes[rank])
+        ids, elsewhere = self._tp.own(input, "weight")
         rows = super().forward(ids.masked_fill(elsewhere, 0))
-        return reduce_from_tp(rows.masked_fill(elsewhere.unsqueeze(-1), 0), mesh)
+        return reduce_from_tp(rows.masked_fill(elsewhere.unsqueeze(-1), 0), self._tp.mesh)
 
 
 class EmbeddingColwise(EmbeddingStyle):

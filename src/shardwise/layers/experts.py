@@ -90,16 +90,14 @@ class EpDispatchExperts(MoeExpertsParallel):
         return attributes | ({"_is_expert_parallel": True} if hasattr(module, "_is_expert_parallel") else {})
 
     def _local(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *args: Any, **kwargs: Any) -> Any:
-        sizes = next(iter(self._tp.sizes.values()))
-        rank = self._tp.mesh.get_local_rank()
-        ids = top_k_index - sum(sizes[:rank])
-        elsewhere = (ids < 0) | (ids >= sizes[rank])
+        name, sizes = next(iter(self._tp.sizes.items()))
+        ids, elsewhere = self._tp.own(top_k_index, name)
         if getattr(self, "has_bias", False) and getattr(self.config, "_experts_implementation", "") == "eager":
             # The loop over experts with biases (gpt-oss) has no place for ids of others: it gets the rows of its own alone.
             tokens, slots = torch.where(~elsewhere)
             own = super()._local(hidden_states[tokens], ids[tokens, slots, None], top_k_weights[tokens, slots, None])
             return torch.zeros_like(hidden_states).index_add(0, tokens, own)
-        ids = ids.masked_fill(elsewhere, sizes[rank])
+        ids = ids.masked_fill(elsewhere, sizes[self._tp.mesh.get_local_rank()])
         return super()._local(hidden_states, ids, top_k_weights.masked_fill(elsewhere, 0), *args, **kwargs)
 
 
