@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
-from figures import gradient_error, gradients, held_in_common, load_sharded
+from figures import gradient_error, gradients, held_in_common
 from models import batches
+from shardwise.loading import from_pretrained
 
 LOGITS = 1e-4  # float32 sums of some 100 terms of order 1 differ by 1e-6; a lost or doubled term is of order 1e-2 at least
 LOSS = 1e-5
@@ -48,13 +50,13 @@ class Outcome:
 def measure_plain(path: Path) -> Measured:
     """Of the ordinary model, in this process."""
     with quiet():
-        return _measure(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32))
+        return _measure(_kind(path).from_pretrained(path, dtype=torch.float32))
 
 
 def measure_sharded(path: Path, saved: Path) -> Measured:
     """On every rank, of its shards, which are saved to `saved`."""
     with quiet():
-        model = load_sharded(path)
+        model = from_pretrained(_kind(path), path, dtype=torch.float32, tp_plan="auto")
         model.save_pretrained(saved)
         return _measure(model)
 
@@ -73,6 +75,13 @@ def compare(ranks: Sequence[Measured], plain: Measured, loaded: Path, saved: Pat
     changed = [name for name in files if _bytes(loaded / name) != _bytes(saved / name)]
     wrong += [f"saved {', '.join(changed)} other than loaded"] if changed else []
     return Outcome(logits, gradient, ranks[0].share, tuple(wrong))
+
+
+def _kind(path: Path) -> type:
+    """The Auto class; of a checkpoint whose type it does not know (a part of another one), the class that saved it."""
+    config = AutoConfig.from_pretrained(path)
+    known = type(config) in AutoModelForCausalLM._model_mapping
+    return AutoModelForCausalLM if known else getattr(transformers, config.architectures[0])
 
 
 def _measure(model: PreTrainedModel) -> Measured:

@@ -82,6 +82,8 @@ def _kept(plan: Plan, rank: int) -> list[Kept]:
 def _reason(row: ShardSpec) -> str:
     if row.sharded:
         return "KV heads that ranks share" if row.layout.copies(row.shape, RANKS) > 1 else "pieces of unequal size"
+    if row.buffer:
+        return "a buffer (a mask, or a table of positions)"
     if row.rule is None:
         return ""
     return row.rule.reason or f"{row.rule.style}, as the model's own plan has it"

@@ -29,8 +29,8 @@ COLUMNS = (
 _HEAD = f"""\
 # Architectures
 
-Every causal-LM type of transformers that has a plan, on 2 and on 4 ranks beside one process. `make parity` runs the checks and
-writes this file.
+Every causal-LM type of transformers that has a plan, its own or one of ours, on 2 and on 4 ranks beside one process.
+`make parity` runs the checks and writes this file.
 
 *exact*: a tiny random model with each kind of layer that the type has is loaded from a checkpoint with `tp_plan="auto"`.
 Logits are within 1e-4 of one process's, the loss is within 1e-5, and every gradient is within 1e-3 of its size, after one and

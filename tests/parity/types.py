@@ -85,6 +85,7 @@ FILLED: dict[str, dict[str, object]] = {
         "ffn_config": {"hidden_size": 6144, "ffn_hidden_size": 10752, "moe_num_experts": 16, "moe_top_k": 4},
     },
     "dots1": {"n_routed_experts": 128, "num_experts_per_tok": 6, "n_shared_experts": 2},
+    "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
     "ministral": {"head_dim": 128},
@@ -102,17 +103,40 @@ FILLED: dict[str, dict[str, object]] = {
 # with a plan: where their language model is checked.
 ELSEWHERE = {
     "aria": "its language model is `aria_text`",
-    "emu3": "`tests/test_plans.py` checks its language model, `emu3_text_model`",
 }
 
-
-OURS = ("bamba", "dbrx", "diffllama", "gpt_oss", "zaya")
+OURS = (
+    "bamba",
+    "biogpt",
+    "bloom",
+    "codegen",
+    "dbrx",
+    "diffllama",
+    "emu3",
+    "falcon",
+    "gpt2",
+    "gpt_bigcode",
+    "gpt_neo",
+    "gpt_oss",
+    "gptj",
+    "hunyuan_v1_dense",
+    "lfm2",
+    "mpt",
+    "opt",
+    "persimmon",
+    "stablelm",
+    "xglm",
+    "zaya",
+)
 """Types to which shardwise gives a plan, transformers none."""
+
+TEXT = {"emu3": "emu3_text_model"}
+"""Of types whose causal-LM class is that of a part: the part."""
 
 
 def build(name: str) -> PreTrainedModel:
     """The tiny model in float32, the same in every process."""
-    model = tiny.build(name, **OPTIONS.get(name, {}))
+    model = tiny.build(TEXT.get(name, name), **OPTIONS.get(name, {}))
     if name == "youtu":  # loading zeroes the row of the pad token, so a checkpoint that is saved again has zeros there
         with torch.no_grad():
             model.get_input_embeddings().weight[model.config.pad_token_id] = 0
