@@ -34,9 +34,9 @@ class Figures:
     state: dict[str, Tensor] | None
 
 
-def measure_plain(path: Path) -> Figures:
+def measure_plain(path: Path, device: str = "cpu", **overrides: object) -> Figures:
     """Of the ordinary model, in this process."""
-    return measure(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32))
+    return measure(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **overrides).to(device))
 
 
 def load_sharded(path: Path, dtype: torch.dtype = torch.float32, **keywords: object) -> PreTrainedModel:
@@ -56,7 +56,7 @@ def measure(model: PreTrainedModel) -> Figures:
     """Logits, then the gradients of one, two and three accumulated micro-batches, clipping, tokens, weights."""
     logits, losses, accumulated = [], [], []
     model.train()
-    for batch in batches():
+    for batch in batches(model.device):
         with torch.no_grad():
             logits.append(model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits)
         loss = batch.loss(model)
@@ -127,7 +127,7 @@ def _generate(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
     """Eight greedy tokens, and eight sampled ones, for which the ranks start from different seeds: the first one's is to
     count.
     """
-    first = batches()[0]
+    first = batches(model.device)[0]
     prompt = {"input_ids": first.input_ids, "attention_mask": first.attention_mask, "max_new_tokens": 8}
     greedy = model.generate(**prompt, do_sample=False)
     torch.manual_seed(SEED + (dist.get_rank() if dist.is_initialized() else 0))
@@ -137,7 +137,7 @@ def _generate(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
 def train(model: PreTrainedModel, steps: int = 3) -> dict[str, Tensor] | None:
     """The parameters after some steps of AdamW with clipping; on several ranks, on the first one."""
     optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-2, weight_decay=0.1)
-    for batch in batches()[:steps]:
+    for batch in batches(model.device)[:steps]:
         batch.loss(model).backward()
         shardwise.clip_grad_norm_(model, 0.5)
         optimizer.step()
@@ -160,7 +160,7 @@ class Rounded:
 
 def measure_rounded(model: nn.Module) -> Rounded:
     """Logits and gradients of one micro-batch, in the model's own dtype."""
-    batch = batches()[0]
+    batch = batches(next(model.parameters()).device)[0]
     logits = model.train()(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
     batch.loss(model).backward()
     found = gradients(model)

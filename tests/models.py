@@ -104,7 +104,7 @@ def checkpoint(factory: pytest.TempPathFactory, name: str) -> Path:
     return path
 
 
-def batches() -> list[Batch]:
+def batches(device: torch.device | str = "cpu") -> list[Batch]:
     """Three micro-batches of different shapes; the second is padded on the left, the third has labels that are not counted."""
     draw = torch.Generator().manual_seed(7)
     made = []
@@ -114,4 +114,4 @@ def batches() -> list[Batch]:
     made[1].attention_mask[0, :3] = 0
     made[1].labels[0, :3] = -100
     made[2].labels[0, 5:] = -100
-    return made
+    return [Batch(b.input_ids.to(device), b.attention_mask.to(device), b.labels.to(device)) for b in made]

@@ -40,7 +40,7 @@ def run(path: Path, backend: str | None, **overrides: object) -> Run:
     counters.clear()
     called = model if backend is None else torch.compile(model, fullgraph=True, backend=backend)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    first, *_ = batches()
+    first, *_ = batches(model.device)
     losses = [_step(called, first) for _ in range(2)]
     found = gradients(model)
     with torch._dynamo.config.patch(error_on_recompile=True):

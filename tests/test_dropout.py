@@ -9,16 +9,29 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Starcoder2Config
 
 import shardwise
-from blocks import ATTENTION_PLAN, Attention, tp_axis, under
+from blocks import ATTENTION_PLAN, Attention, under
 from llamas import IDS, TINY
 from shardwise.collectives import gather_from_tp
 from shardwise.layers import region
+from shardwise.mesh import device_type
 
 LLAMA = LlamaConfig(**TINY, attention_dropout=0.5)
 STARCODER = Starcoder2Config(**TINY, attention_dropout=0.5, residual_dropout=0.5, embedding_dropout=0.5)
+
+
+def tp_axis() -> DeviceMesh:
+    """All ranks, on GPUs where the ranks see some."""
+    return init_device_mesh(device_type(), (dist.get_world_size(),), mesh_dim_names=("tp",))
+
+
+def random_state() -> Tensor:
+    """Of the CPU's generator, and of the GPU's where ranks compute on one."""
+    states = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if device_type() == "cuda" else [])
+    return torch.cat(states).to(device_type())
 
 
 def built(config: LlamaConfig | Starcoder2Config, alike_heads: bool = False) -> PreTrainedModel:
@@ -47,21 +60,22 @@ def agree(tensor: Tensor) -> bool:
 
 def _masks(config: LlamaConfig | Starcoder2Config, training: bool) -> dict[str, bool]:
     model = built(config, alike_heads=True).train(training)
-    found = {"seed": agree(torch.get_rng_state())}
-    before = torch.get_rng_state()
+    ids = IDS.to(model.device)
+    found = {"seed": agree(random_state())}
+    before = random_state()
 
     def heads(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         found.setdefault("heads", agree(args[0]))
 
     model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(heads)
-    outputs = model(IDS, output_hidden_states=True)
+    outputs = model(ids, output_hidden_states=True)
     for number, hidden in enumerate(outputs.hidden_states):
         found[f"hidden {number}"] = agree(hidden)
     outputs.logits.sum().backward()
     found["gradient"] = agree(model.model.norm.weight.grad)
-    found["stream"] = agree(torch.get_rng_state())
-    found["used"] = not torch.equal(before, torch.get_rng_state())
-    second = model(IDS).logits
+    found["stream"] = agree(random_state())
+    found["used"] = not torch.equal(before, random_state())
+    second = model(ids).logits
     found["again"] = torch.equal(outputs.logits, second)
     found["second"] = agree(second)
     return found
@@ -103,10 +117,11 @@ def _gradients(config: LlamaConfig, checkpointing: str) -> dict[str, Tensor]:
     model = built(config)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
+    ids = IDS.to(model.device)
     torch.manual_seed(5)
     for _ in range(2):
-        model(IDS, labels=IDS, use_cache=False).loss.backward()
-    assert agree(torch.get_rng_state())
+        model(ids, labels=ids, use_cache=False).loss.backward()
+    assert agree(random_state())
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 

@@ -7,6 +7,7 @@ Nothing is kept here: a mesh travels with the modules that use it, so two models
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import sys
 import time
@@ -14,7 +15,9 @@ from functools import cache
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import Store
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 from shardwise.errors import MeshError, describe
 from shardwise.rendezvous import START_TIMEOUT, meet_ranks
@@ -30,7 +33,8 @@ def tp_mesh(tp_size: int | None = None, device_mesh: DeviceMesh | None = None) -
             parallel.
         device_mesh: a mesh of the caller's: its axis named `"tp"`, or its only axis.
 
-    Starts the default process group when nobody has and torchrun's variables are set (nccl on GPUs, gloo on CPUs).
+    Starts the default process group when nobody has and torchrun's variables are set: nccl on GPUs, gloo on CPUs; gloo too,
+    with a warning, where ranks share a GPU.
     Raises `MeshError` for sizes that the processes cannot form, and where tp_size > 1 is asked of a single process;
     `MissingRankError` when some process never comes.
     """
@@ -66,11 +70,41 @@ def local_device(mesh: DeviceMesh | None) -> torch.device:
     return torch.device("cpu") if kind == "cpu" else torch.device(kind, torch.accelerator.current_device_index())
 
 
+def point_to_point_device(mesh: DeviceMesh) -> torch.device:
+    """The device between which `dist.send` and `dist.recv` carry tensors: this rank's own, but gloo sends from CPUs only."""
+    own = local_device(mesh)
+    return torch.device("cpu") if f"{own.type}:gloo" in dist.get_backend_config(mesh.get_group()).split(",") else own
+
+
 def _start_process_group() -> None:
     kind = device_type()
     if kind != "cpu":
         torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")) % torch.accelerator.device_count())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else None if kind != "cpu" else "gloo")
+    if kind != "cuda":
+        dist.init_process_group("gloo" if kind == "cpu" else None)
+        return
+    store, rank, size = next(rendezvous("env://"))
+    shared = shared_devices(store, rank, size, str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid))
+    if shared and rank == 0:
+        logging.getLogger(__name__).warning(
+            "Ranks %s share a GPU, which nccl refuses: gloo is used, and every collective goes through the CPU, slowly. "
+            "For speed start no more ranks than there are GPUs.",
+            " and ".join(map(str, shared)),
+        )
+    dist.init_process_group("gloo" if shared else "cpu:gloo,cuda:nccl", store=store, rank=rank, world_size=size)
+
+
+def shared_devices(store: Store, rank: int, size: int, device: str) -> list[int]:
+    """The first ranks found that compute on one device; none where each has its own. Collective, through the `store`.
+
+    `device` names this rank's device among those of all machines. Every rank gets the same answer, so all can choose the same
+    backend; counting the devices that a rank sees would not do, as a launcher may show each rank its own alone.
+    """
+    store.set(f"shardwise/device/{rank}", device)
+    holders: dict[str, list[int]] = {}
+    for other in range(size):
+        holders.setdefault(store.get(f"shardwise/device/{other}").decode(), []).append(other)
+    return next((ranks for ranks in holders.values() if len(ranks) > 1), [])
 
 
 @cache

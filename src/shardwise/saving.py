@@ -95,9 +95,7 @@ class ShardSource:
     def read(self, box: Box) -> Tensor:
         """The box, on the CPU of the first rank; elsewhere a stand-in of that shape that takes no memory."""
         full = gather_to_first(self.row, self.local, self.mesh, tuple(box))
-        return (
-            full.cpu() if full is not None else torch.zeros((), dtype=self.dtype).expand([stop - start for start, stop in box])
-        )
+        return full if full is not None else torch.zeros((), dtype=self.dtype).expand([stop - start for start, stop in box])
 
 
 @dataclass

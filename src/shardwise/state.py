@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from shardwise.mesh import local_device
+from shardwise.mesh import local_device, point_to_point_device
 from shardwise.parallelize import ModelState, plain_name, row_of, state_of
 from shardwise.rendezvous import meet
 from shardwise.spec import ShardSpec
@@ -67,19 +67,20 @@ def gather_full(row: ShardSpec, local: Tensor, mesh: DeviceMesh) -> Tensor:
 def gather_to_first(
     row: ShardSpec, local: Tensor, mesh: DeviceMesh, box: tuple[tuple[int, int], ...] | None = None
 ) -> Tensor | None:
-    """The full tensor of `row`, or the `box` of it (a half-open range for each dim), on the first rank; None on the others.
-    Collective.
+    """The full tensor of `row`, or the `box` of it (a half-open range for each dim), on the CPU of the first rank; None on the
+    others. Collective.
 
-    Each range is sent once, by the first rank that holds it, so the first rank needs room for the result and one piece.
+    Each range is sent once, by the first rank that holds it, so the first rank needs room for the result, and its device for
+    one piece.
     """
     rank, size = mesh.get_local_rank(), mesh.size()
     ranges = box or tuple((0, length) for length in row.shape)
     local = local.detach()
     cut = row.layout.cut(row.shape)
     if cut is None:
-        return _within(local, ranges).clone(memory_format=torch.contiguous_format) if rank == 0 else None
+        return _within(local, ranges).to("cpu", copy=True, memory_format=torch.contiguous_format) if rank == 0 else None
     dim, (low, high) = cut[0], ranges[cut[0]]
-    full = local.new_empty([stop - start for start, stop in ranges]) if rank == 0 else None
+    full = torch.empty([stop - start for start, stop in ranges], dtype=local.dtype) if rank == 0 else None
     done: set[int] = set()
     for source in range(size):
         for piece in row.layout.pieces(row.shape, source, size):
@@ -97,13 +98,13 @@ def gather_to_first(
 def _send_piece(
     local: Tensor, where: tuple[tuple[int, int], ...], source: int, target: Tensor | None, mesh: DeviceMesh
 ) -> None:
-    rank, group = mesh.get_local_rank(), mesh.get_group()
+    rank, group, device = mesh.get_local_rank(), mesh.get_group(), point_to_point_device(mesh)
     if rank == source and target is not None:
         target.copy_(_within(local, where))
     elif rank == source:
-        dist.send(_within(local, where).contiguous(), group=group, group_dst=0)
+        dist.send(_within(local, where).to(device).contiguous(), group=group, group_dst=0)
     elif target is not None:
-        piece = torch.empty_like(target, memory_format=torch.contiguous_format)
+        piece = torch.empty_like(target, memory_format=torch.contiguous_format, device=device)
         dist.recv(piece, group=group, group_src=source)
         target.copy_(piece)
 
@@ -120,6 +121,6 @@ def _gather_all(state: ModelState, named: dict[str, Tensor]) -> dict[str, Tensor
         row = rows[name]
         if row.name not in gathered:
             whole = gather_to_first(row, tensor, state.mesh)
-            gathered[row.name] = tensor.new_empty(0) if whole is None else whole.cpu()
+            gathered[row.name] = torch.empty(0) if whole is None else whole
         full[plain_name(name)] = gathered[row.name]
     return full if state.mesh.get_local_rank() == 0 else None

@@ -48,14 +48,19 @@ class RankPool:
         size: number of ranks.
         timeout: seconds that one `run` may take, unless it is given its own.
         backend: of the default process group; None starts the processes without one.
+        device: "cpu", or "cuda": rank r computes on GPU r, modulo their number (ranks that share one need gloo). With "cpu" the
+            processes see no GPU, so that what chooses a device by itself chooses the CPU.
         grace: seconds that the others may still take once a rank has failed. They mostly fail for the same reason, or wait for
             the failed rank for ever.
     """
 
-    def __init__(self, size: int, *, timeout: float = 120.0, backend: str | None = "gloo", grace: float = 3.0) -> None:
+    def __init__(
+        self, size: int, *, timeout: float = 120.0, backend: str | None = "gloo", device: str = "cpu", grace: float = 3.0
+    ) -> None:
         self.size = size
         self.timeout = timeout
         self.backend = backend
+        self.device = device
         self.grace = grace
         self._workers: list[_Worker] = []
         self._store: TCPStore | None = None
@@ -122,9 +127,12 @@ class RankPool:
             ours, theirs = context.Pipe()
             stacks = Path(self._directory.name, f"rank{rank}.txt")
             process = context.Process(
-                target=work, args=(theirs, rank, self.size, self.backend, str(stacks)), name=f"rank{rank}", daemon=True
+                target=work,
+                args=(theirs, rank, self.size, self.backend, self.device, str(stacks)),
+                name=f"rank{rank}",
+                daemon=True,
             )
-            with _environment(_torchrun_variables(rank, self.size, self._store.port)):
+            with _environment(_torchrun_variables(rank, self.size, self._store.port) | _visible(self.device)):
                 process.start()
             theirs.close()  # so that the end of the worker is the end of the channel
             self._workers.append(_Worker(process, ours, stacks))
@@ -213,6 +221,10 @@ def _torchrun_variables(rank: int, size: int, port: int) -> dict[str, str]:
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "OMP_NUM_THREADS": "1",
     }
+
+
+def _visible(device: str) -> dict[str, str]:
+    return {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""} if device == "cpu" else {}
 
 
 @contextmanager

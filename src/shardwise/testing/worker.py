@@ -65,12 +65,13 @@ def dump(value: object) -> bytes:
     return buffer.getvalue()
 
 
-def work(channel: connection.Connection, rank: int, size: int, backend: str | None, stacks: str) -> None:
+def work(channel: connection.Connection, rank: int, size: int, backend: str | None, device: str, stacks: str) -> None:
     """A worker's life: join the default process group, then run one `Job` after the other until the parent hangs up.
 
     Args:
         channel: receives `dump((import path, dump(Job)))`, sends a `Reply` for each, and one for the start.
         backend: of the default process group; None starts without one.
+        device: the kind on which this rank computes; of several, the one with the rank's number.
         stacks: the file into which SIGUSR1 writes where every thread stands.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which then closes the pool
@@ -78,7 +79,7 @@ def work(channel: connection.Connection, rank: int, size: int, backend: str | No
     torch.set_num_threads(1)
     with open(stacks, "w") as file, contextlib.suppress(EOFError, ConnectionError):
         faulthandler.register(signal.SIGUSR1, file=file, all_threads=True)
-        channel.send_bytes(_send(_attempt(_start, backend, rank, size)))
+        channel.send_bytes(_send(_attempt(_start, backend, device, rank, size)))
         while True:
             path, body = pickle.loads(channel.recv_bytes())
             sys.path[:] = path  # before the function is unpickled: its module is imported then
@@ -95,7 +96,9 @@ def _follow_parent() -> None:
         os._exit(1)
 
 
-def _start(backend: str | None, rank: int, size: int) -> None:
+def _start(backend: str | None, device: str, rank: int, size: int) -> None:
+    if device != "cpu":
+        torch.accelerator.set_device_index(rank % torch.accelerator.device_count())
     for name in ("send", "recv", "isend", "irecv"):
         setattr(dist, name, _Counted(getattr(dist, name)))
     if backend is not None:

@@ -1,0 +1,61 @@
+"""Which backend the default process group gets, on a machine with GPUs: played on the CPU."""
+
+from __future__ import annotations
+
+import logging
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from shardwise import mesh
+from shardwise.testing import RankPool
+
+
+def _started(devices: dict[str, str]) -> tuple[str, int, list[str]]:
+    """The backend that is asked for, the device that is chosen, and what is said, on a rank whose GPU has this name."""
+    asked: list[tuple[str, int, int]] = []
+    chosen: list[int] = []
+    said: list[str] = []
+    name = devices[os.environ["RANK"]]
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("shardwise").addHandler(handler)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mesh, "device_type", lambda: "cuda")
+        patch.setattr(torch.accelerator, "device_count", lambda: 1)
+        patch.setattr(torch.accelerator, "set_device_index", chosen.append)
+        patch.setattr(torch.cuda, "current_device", lambda: 0)
+        patch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=name))
+        patch.setattr(
+            dist, "init_process_group", lambda backend, store, rank, world_size: asked.append((backend, rank, world_size))
+        )
+        mesh._start_process_group()
+    logging.getLogger("shardwise").removeHandler(handler)
+    ((backend, rank, size),) = asked
+    assert (str(rank), str(size)) == (os.environ["RANK"], os.environ["WORLD_SIZE"])
+    return backend, chosen[0], said
+
+
+@pytest.fixture(scope="module")
+def unstarted():
+    """Two processes without a process group."""
+    with RankPool(2, backend=None) as pool:
+        yield pool
+
+
+def test_ranks_that_share_a_gpu_get_gloo(unstarted):
+    """Guards: nccl for two ranks on one GPU, which it refuses at the first collective; nothing said about the slow way."""
+    first, second = unstarted.run(_started, {"0": "GPU-a", "1": "GPU-a"}, fresh=True)
+    assert first[:2] == second[:2] == ("gloo", 0)
+    assert len(first[2]) == 1
+    assert "Ranks 0 and 1 share a GPU" in first[2][0]
+    assert second[2] == []
+
+
+def test_ranks_that_each_see_one_gpu_of_their_own_get_nccl(unstarted):
+    """Guards: the slow way taken because a rank sees fewer GPUs than there are ranks, where the launcher hid the others."""
+    for backend, device, said in unstarted.run(_started, {"0": "GPU-a", "1": "GPU-b"}, fresh=True):
+        assert (backend, device, said) == ("cpu:gloo,cuda:nccl", 0, [])
