@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -247,7 +248,8 @@ TINY: dict[str, dict[str, object]] = {
 
 
 @cache
-def _known(name: str) -> frozenset[str]:
+def known(name: str) -> frozenset[str]:
+    """The fields that a type's config has."""
     config = type(AutoConfig.for_model(name))
     names = {field for kind in config.__mro__ for field in getattr(kind, "__annotations__", {})}
     return frozenset(names | set(getattr(config, "attribute_map", {})))
@@ -255,7 +257,7 @@ def _known(name: str) -> frozenset[str]:
 
 def config(name: str, **options: object) -> PreTrainedConfig:
     """The config of a type in `TINY`, or of another one, for which the common sizes may do."""
-    common = {key: value for key, value in COMMON.items() if key in _known(name)}
+    common = {key: value for key, value in COMMON.items() if key in known(name)}
     given = common | TINY.get(name, {}) | options
     return AutoConfig.for_model(name, **{k: value for k, value in given.items() if not (k in COMMON and value is None)})
 
@@ -263,9 +265,14 @@ def config(name: str, **options: object) -> PreTrainedConfig:
 def build(name: str, **options: object) -> PreTrainedModel:
     """The model in float32, without dropout, every parameter random: the same in every process."""
     made = config(name, **options)
+    return randomised(lambda: _empty(made, torch.float32))
+
+
+def randomised(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    """What `make` gives, without dropout, every parameter random: the same in every process."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = _empty(made, torch.float32)
+        model = make()
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.is_floating_point():

@@ -63,6 +63,16 @@ class _Resolver:
                 raise problems.matches_nothing(rule, families)
             for name in hits:
                 self.rules[name] = rule
+            if rule.source == "user":
+                self._give_up(hits)
+
+    def _give_up(self, names: Iterable[str]) -> None:
+        """Where we keep parameters whole, a rule of the user's for their module holds."""
+        for name in names:
+            for child in _direct(self.modules[name]) if name in self.modules else ():
+                kept = self.rules.get(_join(name, child))
+                if kept is not None and kept.source == "shardwise" and kept.style == "replicate":
+                    del self.rules[_join(name, child)]
 
     def rows(self) -> Iterator[ShardSpec]:
         """One row a tensor; names that are tied to one tensor share it."""

@@ -11,9 +11,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
+from parity import wrappers
 from parity.suite import Suite
 from parity.table import RANK_COUNTS, Result, render, show
 from parity.types import types
+from parity.wrapper_table import render_wrappers, size_of
 from shardwise.errors import PlanError
 from shardwise.testing import RankPool
 
@@ -21,20 +23,25 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "architectures.md"
 
 
 def main(names: list[str]) -> int:
-    """Run the types `names`, or all of them and write the document. 0 if all are exact, where they can be cut at all."""
+    """Run the types and wrappers `names`, or all of them and write the document. 0 if all are exact that can be cut at all."""
     started, console = time.monotonic(), Console(width=120)
-    results: dict[str, dict[int, Result]] = {name: {} for name in names or types()}
+    chosen = [[name for name in every if not names or name in names] for every in (types(), wrappers.names())]
     with tempfile.TemporaryDirectory() as directory:
-        suite = Suite(Path(directory))
+        suites = Suite(Path(directory) / "types"), Suite(Path(directory) / "wrappers", wrappers.build, wrappers.subject)
+        plain: dict[str, dict[int, Result]] = {name: {} for name in chosen[0]}
+        wrapped: dict[str, dict[int, Result]] = {name: {} for name in chosen[1]}
         for size in RANK_COUNTS:
             with RankPool(size) as pool:
-                for name in track(results, f"tp={size}", console=console):
-                    results[name][size] = _result(suite, name, pool)
-    show(results, console)
+                for suite, results in zip(suites, (plain, wrapped), strict=True):
+                    for name in track(results, f"tp={size}", console=console):
+                        results[name][size] = _result(suite, name, pool)
+    show(plain, console)
+    show(wrapped, console, size_of)
     console.print(f"{time.monotonic() - started:.0f} seconds")
     if not names:
-        DOCUMENT.write_text(render(results))
-    return 0 if all(one.exact or not one.possible for result in results.values() for one in result.values()) else 1
+        DOCUMENT.write_text(render(plain) + render_wrappers(wrapped))
+    found = [one for results in (plain, wrapped) for result in results.values() for one in result.values()]
+    return 0 if all(one.exact or not one.possible for one in found) else 1
 
 
 def _result(suite: Suite, name: str, pool: RankPool) -> Result:

@@ -4,22 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging
 
 from figures import gradient_error, gradients, held_in_common
-from models import batches
+from models import Batch, batches
 from shardwise.loading import from_pretrained
 
 LOGITS = 1e-4  # float32 sums of some 100 terms of order 1 differ by 1e-6; a lost or doubled term is of order 1e-2 at least
 LOSS = 1e-5
 GRADIENTS = 1e-3  # relative; what is not summed, or summed twice, is wrong by half of itself or by itself
+
+
+def text_only() -> tuple[dict[str, Tensor], ...]:
+    """Two micro-batches of ids, masks and labels; the second is padded on the left."""
+    return tuple(inputs(batch) for batch in batches()[:2])
+
+
+def inputs(batch: Batch) -> dict[str, Tensor]:
+    """What a model is called with."""
+    return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": batch.labels}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What loads a type, by name, and the two micro-batches that it is called with."""
+
+    auto: str = "AutoModelForCausalLM"
+    feeds: tuple[dict[str, Tensor], ...] = field(default_factory=text_only)
 
 
 @dataclass(frozen=True)
@@ -47,18 +65,18 @@ class Outcome:
     wrong: tuple[str, ...]
 
 
-def measure_plain(path: Path) -> Measured:
+def measure_plain(path: Path, subject: Subject) -> Measured:
     """Of the ordinary model, in this process."""
     with quiet():
-        return _measure(_kind(path).from_pretrained(path, dtype=torch.float32))
+        return _measure(_kind(path, subject).from_pretrained(path, dtype=torch.float32), subject)
 
 
-def measure_sharded(path: Path, saved: Path) -> Measured:
+def measure_sharded(path: Path, saved: Path, subject: Subject) -> Measured:
     """On every rank, of its shards, which are saved to `saved`."""
     with quiet():
-        model = from_pretrained(_kind(path), path, dtype=torch.float32, tp_plan="auto")
+        model = from_pretrained(_kind(path, subject), path, dtype=torch.float32, tp_plan="auto")
         model.save_pretrained(saved)
-        return _measure(model)
+        return _measure(model, subject)
 
 
 def compare(ranks: Sequence[Measured], plain: Measured, loaded: Path, saved: Path) -> Outcome:
@@ -77,29 +95,26 @@ def compare(ranks: Sequence[Measured], plain: Measured, loaded: Path, saved: Pat
     return Outcome(logits, gradient, ranks[0].share, tuple(wrong))
 
 
-def _kind(path: Path) -> type:
+def _kind(path: Path, subject: Subject) -> type:
     """The Auto class; of a checkpoint whose type it does not know (a part of another one), the class that saved it."""
-    config = AutoConfig.from_pretrained(path)
-    known = type(config) in AutoModelForCausalLM._model_mapping
-    return AutoModelForCausalLM if known else getattr(transformers, config.architectures[0])
+    config, auto = AutoConfig.from_pretrained(path), getattr(transformers, subject.auto)
+    return auto if type(config) in auto._model_mapping else getattr(transformers, config.architectures[0])
 
 
-def _measure(model: PreTrainedModel) -> Measured:
+def _measure(model: PreTrainedModel, subject: Subject) -> Measured:
     logits, losses, accumulated, common = [], [], [], []
     model.train()
-    for batch in batches()[:2]:
+    for feed in subject.feeds:
         torch.manual_seed(0)  # for a router that draws
-        output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels)
+        output = model(**feed)
         output.loss.backward()
         logits.append(output.logits.detach())
         losses.append(output.loss.detach())
         accumulated.append(gradients(model))
         common.append({name: gradient.clone() for name, gradient in held_in_common(model).items() if gradient is not None})
     model.zero_grad()
-    first = batches()[0]
-    tokens = model.eval().generate(
-        first.input_ids, attention_mask=first.attention_mask, max_new_tokens=8, min_new_tokens=8, do_sample=False
-    )
+    prompt = {name: tensor for name, tensor in subject.feeds[0].items() if name != "labels"}
+    tokens = model.eval().generate(**prompt, max_new_tokens=8, min_new_tokens=8, do_sample=False)
     return Measured(logits, losses, accumulated, common, tokens, _share(model))
 
 

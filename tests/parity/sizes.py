@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+
+from torch import nn
+from transformers import PreTrainedConfig
 
 import shardwise
 from parity.types import default
@@ -59,10 +63,10 @@ class RealSize:
 
 
 @cache
-def real_size(name: str) -> RealSize:
-    """Of the type's default config."""
+def real_size(name: str, make: Callable[[str], nn.Module | PreTrainedConfig] = default) -> RealSize:
+    """Of the type's default config, or of what `make` gives for it."""
     try:
-        plan = shardwise.plan(default(name), RANKS)
+        plan = shardwise.plan(make(name), RANKS)
     except PlanError as error:
         return RealSize(problem=str(error).splitlines()[0])
     fullest = max(range(RANKS), key=plan.local_bytes)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-from parity.job import Measured, Outcome, compare, measure_plain, measure_sharded, quiet
-from parity.types import build
+from transformers import PreTrainedModel
+
+from parity import types
+from parity.job import Measured, Outcome, Subject, compare, measure_plain, measure_sharded, quiet
 from shardwise.errors import PlanError
 from shardwise.testing import RankError, RankPool
 
@@ -14,10 +17,21 @@ TIMEOUT = 60.0
 
 
 class Suite:
-    """Checkpoints and figures of plain models, made once a type, in `directory`."""
+    """Checkpoints and figures of plain models, made once a type, in `directory`.
 
-    def __init__(self, directory: Path) -> None:
+    Args:
+        build: makes the tiny model of a type.
+        subject: says how a type is loaded and called.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        build: Callable[[str], PreTrainedModel] = types.build,
+        subject: Callable[[str], Subject] = lambda name: Subject(),
+    ) -> None:
         self.directory = directory
+        self.build, self.subject = build, subject
         self.plain = cache(self._plain)
 
     def outcome(self, name: str, pool: RankPool) -> Outcome | PlanError:
@@ -27,7 +41,7 @@ class Suite:
         """
         plain, saved = self.plain(name), self.directory / f"{name} on {pool.size}"
         try:
-            ranks = pool.run(measure_sharded, self.directory / name, saved, timeout=TIMEOUT)
+            ranks = pool.run(measure_sharded, self.directory / name, saved, self.subject(name), timeout=TIMEOUT)
         except RankError as error:
             if isinstance(error.__cause__, PlanError):
                 return error.__cause__
@@ -36,5 +50,5 @@ class Suite:
 
     def _plain(self, name: str) -> Measured:
         with quiet():
-            build(name).save_pretrained(self.directory / name)
-        return measure_plain(self.directory / name)
+            self.build(name).save_pretrained(self.directory / name)
+        return measure_plain(self.directory / name, self.subject(name))

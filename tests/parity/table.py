@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from parity.job import Outcome
-from parity.sizes import EVEN, LARGE, RANKS, real_size
+from parity.sizes import EVEN, LARGE, RANKS, RealSize, real_size
 from parity.types import ELSEWHERE, FILLED
 
 RANK_COUNTS = (2, 4)
@@ -74,13 +74,13 @@ class Result:
 Results = Mapping[str, Mapping[int, Result]]
 
 
-def cells(name: str, results: Mapping[int, Result]) -> tuple[str, ...]:
+def cells(name: str, results: Mapping[int, Result], size_of: Callable[[str], RealSize] = real_size) -> tuple[str, ...]:
     """A type's row, as text."""
     outcomes = [result.outcome for result in results.values() if result.outcome is not None]
     words = [results[size].word for size in RANK_COUNTS]
     shares = [f"{outcome.share:.3f}" if (outcome := results[size].outcome) is not None else "-" for size in RANK_COUNTS]
     errors = [_error(outcomes, lambda outcome: outcome.logits), _error(outcomes, lambda outcome: outcome.gradients)]
-    return (name, *words, *errors, *shares, *real_size(name).cells())
+    return (name, *words, *errors, *shares, *size_of(name).cells())
 
 
 def render(results: Results) -> str:
@@ -96,18 +96,19 @@ def render(results: Results) -> str:
 
 
 def written(text: str) -> dict[str, tuple[str, ...]]:
-    """The rows of a `docs/architectures.md`, by type."""
-    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
-    return {row[0]: tuple(cell.strip() for cell in row + [""] * (len(COLUMNS) - len(row))) for row in rows[2:]}
+    """The rows of the first table in a `docs/architectures.md` (of the first in what follows a heading), by type."""
+    lines = [line for line in text.split("\n## ")[0].splitlines() if line.startswith("| ")]
+    rows = [line.strip("|").split(" | ") for line in lines]
+    return {row[0].strip(): tuple(cell.strip() for cell in row) for row in rows[2:]}
 
 
-def show(results: Results, console: Console) -> None:
+def show(results: Results, console: Console, size_of: Callable[[str], RealSize] = real_size) -> None:
     """The table, then what is wrong."""
     table = Table(box=None, pad_edge=False)
     for column in COLUMNS[:-1]:
         table.add_column(column, justify="left" if column in COLUMNS[:3] else "right", no_wrap=True)
     for name, result in results.items():
-        table.add_row(*(re.sub(r"\*\*(.*)\*\*", r"[red]\1[/]", cell) for cell in cells(name, result)[:-1]))
+        table.add_row(*(re.sub(r"\*\*(.*)\*\*", r"[red]\1[/]", cell) for cell in cells(name, result, size_of)[:-1]))
     console.print(table)
     for name, result in results.items():
         for size, one in result.items():

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSpeechSeq2Seq,
+    AutoModelForTextToWaveform,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from shardwise.errors import PlanError, describe
+from shardwise.hf.towers import around_text, end_of, token_embedding, tower_rules
 from shardwise.layers import ColwiseGatherOutput, ColwiseParallel
 from shardwise.plan import Plan
 from shardwise.plans import corrections, dealt_experts
 from shardwise.spec import Rule
+
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
 def model_rules(model: nn.Module, size: int, expert_parallel: bool = False) -> list[Rule]:
@@ -27,7 +42,8 @@ def model_rules(model: nn.Module, size: int, expert_parallel: bool = False) -> l
     rules = [Rule(pattern, style, "model") for pattern, style in (own | experts).items()]
     # A correction of how experts are split is none of how they are dealt.
     ours = [rule for rule in _corrections(model, size) if rule.pattern not in experts]
-    return rules + (_vocabulary(model, rules) if rules or ours else []) + ours
+    found = rules + (_vocabulary(model, rules) if rules or ours else []) + ours
+    return found + tower_rules(model, found)
 
 
 def has_expert_plan(model: nn.Module) -> bool:
@@ -45,7 +61,7 @@ def base_prefix(model: nn.Module) -> str:
 
 def check_head(model: nn.Module, plan: Plan) -> None:
     """Raise `PlanError` when the head's outputs would stay in parts: each rank would take its slice of the logits for all."""
-    head = _end(model, "get_output_embeddings", nn.Linear) if isinstance(model, PreTrainedModel) else None
+    head = _head(model) if isinstance(model, PreTrainedModel) else None
     row = next((row for row in plan.modules if head is not None and row.name == head[0]), None)
     if row is None or not issubclass(row.style, ColwiseParallel) or issubclass(row.style, ColwiseGatherOutput):
         return
@@ -62,7 +78,7 @@ def _vocabulary(model: PreTrainedModel, rules: list[Rule]) -> list[Rule]:
     """Rules for the embedding and the head, where none of the model's names them: both are large."""
     reason = "the vocabulary is large, and no rule of the model's names it"
     found: list[Rule] = []
-    embedding, head = _end(model, "get_input_embeddings", nn.Embedding), _end(model, "get_output_embeddings", nn.Linear)
+    embedding, head = _named(model, token_embedding(model)), _head(model)
     known = next((rule for rule in rules if embedding is not None and rule.matches(embedding[0])), None)
     if embedding is not None and known is None:
         found.append(Rule(embedding[0], "embedding_rowwise", "shardwise", reason=reason))
@@ -74,13 +90,14 @@ def _vocabulary(model: PreTrainedModel, rules: list[Rule]) -> list[Rule]:
     return found
 
 
-def _end(model: PreTrainedModel, method: str, kind: type[nn.Module]) -> tuple[str, nn.Module] | None:
-    try:
-        end = getattr(model, method)()
-    except (NotImplementedError, AttributeError):
-        return None
-    name = next((name for name, module in model.named_modules() if module is end), None)
-    return (name, end) if name is not None and isinstance(end, kind) else None
+def _head(model: PreTrainedModel) -> tuple[str, nn.Linear] | None:
+    ends = (end_of(part, "get_output_embeddings", nn.Linear) for part in around_text(model) or [model])
+    return _named(model, next(filter(None, ends), None))
+
+
+def _named(model: nn.Module, wanted: _Module | None) -> tuple[str, _Module] | None:
+    name = next((name for name, module in model.named_modules() if module is wanted), None)
+    return (name, wanted) if wanted is not None and name is not None else None
 
 
 def _corrections(model: PreTrainedModel, size: int) -> list[Rule]:
@@ -99,15 +116,31 @@ def _bases(model: PreTrainedModel) -> list[tuple[str, PreTrainedModel]]:
 
 
 def build_on_meta(config: PreTrainedConfig) -> nn.Module:
-    """The causal-LM class of `config` (or what its `architectures` name) on meta: every name and shape, no memory."""
-    with torch.device("meta"):
-        for auto in (AutoModelForCausalLM, AutoModel):
-            if type(config) in auto._model_mapping:
-                model: nn.Module = auto.from_config(config)
-                return model
-    raise PlanError(
-        describe(
-            f"transformers has no causal-LM class for a {type(config).__name__}.",
-            either=["build the model yourself, under torch.device('meta'), and pass that"],
+    """The model of `config` on meta: every name and shape, no memory. Of the classes that transformers has for it the one that
+    its `architectures` name, else the one for causal LMs, else one that makes text of images or sounds.
+
+    Raises `PlanError` where transformers has none.
+    """
+    known = [auto for auto in _AUTO_CLASSES if type(config) in auto._model_mapping]
+    named = [auto for auto in known if auto._model_mapping[type(config)].__name__ in (config.architectures or ())]
+    if not known:
+        raise PlanError(
+            describe(
+                f"transformers has no Auto class that makes a text model of a {type(config).__name__}.",
+                either=["build the model yourself, under torch.device('meta'), and pass that"],
+            )
         )
-    )
+    with torch.device("meta"):
+        model: nn.Module = (named or known)[0].from_config(config)
+    return model
+
+
+_AUTO_CLASSES = (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoModelForSpeechSeq2Seq,
+    AutoModelForSeq2SeqLM,
+    AutoModelForTextToWaveform,
+    AutoModel,
+)

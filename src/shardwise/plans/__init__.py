@@ -64,6 +64,7 @@ CORRECTIONS: Mapping[str, Corrections] = MappingProxyType(
         "phi4_multimodal": completed.phi4_multimodal,
         "phimoe": completed.plain_attention,
         "qwen2_moe": completed.shared_expert,
+        "qwen3_vl_text": completed.plain_decoder,
         "qwen4_exp_text": completed.qwen4,
         "solar_open": completed.shared_experts,
         "stablelm": decoders.stablelm,

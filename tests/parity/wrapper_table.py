@@ -1,0 +1,51 @@
+"""The results of the wrappers, as the second table of `docs/architectures.md`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from parity.sizes import RANKS, RealSize, real_size
+from parity.table import RANK_COUNTS, Result, Results, cells
+from parity.towers import WRAPPERS
+from parity.wrappers import at_default_size
+
+TITLE = "Wrappers"
+COLUMNS = (
+    "type",
+    "Auto class",
+    "text model",
+    "reads",
+    *(f"tp={size}" for size in RANK_COUNTS),
+    "logits",
+    "gradients",
+    f"bytes, tp={RANKS}",
+    "beyond an even part",
+)
+_HEAD = """\
+Models with vision or audio towers around a text model that has a plan. The plan's rules find the text model wherever the
+wrapper has it; what is outside and no rule names (the towers, and what joins them to the text model) every rank keeps and
+computes whole. *exact* means what it means above, loaded through the wrapper's own Auto class. Of the two micro-batches the
+first has what the tower *reads*, the second is text alone; the eight tokens follow the first. The last column has the towers'
+share.
+
+"""
+
+
+def size_of(name: str) -> RealSize:
+    """The default sizes of a wrapper on many ranks."""
+    return real_size(name, at_default_size)
+
+
+def wrapper_cells(name: str, results: Mapping[int, Result]) -> tuple[str, ...]:
+    """A wrapper's row, as text."""
+    wrapper, count = WRAPPERS[name], len(RANK_COUNTS) + 2
+    row = cells(name, results, size_of)
+    return (name, wrapper.auto, wrapper.text, wrapper.reads, *row[1 : 1 + count], *row[-2:])
+
+
+def render_wrappers(results: Results) -> str:
+    """What follows the first table."""
+    rows = [COLUMNS, ["---"] * len(COLUMNS), *(wrapper_cells(name, result) for name, result in results.items())]
+    filled = ", ".join(f"`{name}`" for name in results if WRAPPERS[name].filled)
+    table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    return f"\n## {TITLE}\n\n{_HEAD}{table}" + (f"\nSizes filled in, as above: {filled}.\n" if filled else "")

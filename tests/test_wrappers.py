@@ -1,0 +1,166 @@
+"""Models with towers around a text model: the plan finds the text model, the towers stay whole by name, all is exact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
+
+import shardwise
+from parity import wrappers
+from parity.suite import Suite
+from parity.table import written
+from parity.towers import WRAPPERS
+from parity.wrapper_table import TITLE, size_of
+from shardwise.errors import PlanError
+from shardwise.hf import build_on_meta, model_rules
+from shardwise.plan import wildcard
+from shardwise.plans import CORRECTIONS
+from tiny import TINY
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "architectures.md"
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory) -> Suite:
+    """Checkpoints and plain models' figures, once a wrapper."""
+    return Suite(tmp_path_factory.mktemp("wrappers"), wrappers.build, wrappers.subject)
+
+
+@pytest.fixture(scope="module")
+def document() -> dict[str, tuple[str, ...]]:
+    """The rows of the wrappers in docs/architectures.md."""
+    return written(DOCUMENT.read_text().split(f"\n## {TITLE}\n")[1])
+
+
+@pytest.mark.parametrize("name", wrappers.names())
+@pytest.mark.parametrize("size", [2, 4], ids=["tp2", "tp4"])
+def test_exact(name, size, suite, pool2, pool4):
+    """Guards: a wrapper whose text model is cut otherwise inside it than alone, features that some rank has other ones of, a
+    tower's gradient that is a part on each rank, a checkpoint that lacks the tower.
+    """
+    outcome = suite.outcome(name, {2: pool2, 4: pool4}[size])
+    assert not isinstance(outcome, PlanError), outcome
+    assert outcome.wrong == ()
+
+
+@pytest.mark.parametrize("name", wrappers.names())
+def test_document(name, document):
+    """Guards: docs/architectures.md out of date; `make parity` writes it."""
+    assert name in document, "run `make parity`"
+    assert document[name][4:6] == ("exact", "exact")
+    assert document[name][-2:] == size_of(name).cells(), "run `make parity`"
+
+
+def test_document_has_no_other_wrappers(document):
+    """Guards: a type that is gone, or twice there."""
+    assert list(document) == list(wrappers.names())
+
+
+@pytest.mark.parametrize("name", wrappers.names())
+def test_towers_are_named(name):
+    """Guards: a default-size wrapper that is refused for its tower, or keeps it whole without a word."""
+    found = size_of(name)
+    assert found.unexplained == []
+    assert not found.problem or "heads cannot be split" in found.problem
+    assert found.problem or found.share < 1.01 or any("whole" in kept.reason for kept in found.kept) or not found.kept
+
+
+@pytest.mark.parametrize("name", [name for name, found in WRAPPERS.items() if found.reads != "text only"])
+def test_the_tower_is_read(name, suite):
+    """Guards: a check that never gets as far as the tower: the features change the logits, and the tower gets gradients."""
+    model, (feed, _) = wrappers.build(name).eval(), wrappers.subject(name).feeds
+    outside = [key for key in feed if key not in ("input_ids", "attention_mask", "labels") and feed[key].is_floating_point()]
+    with torch.no_grad():
+        logits = [model(**{**feed, **changed}).logits for changed in ({}, {key: feed[key] + 1.0 for key in outside})]
+    assert not torch.allclose(logits[0], logits[1], atol=1e-3)
+
+
+@pytest.mark.parametrize("name", sorted(CORRECTIONS.keys() - TINY.keys()))
+def test_corrections_fit(name):
+    """Guards: a correction of a text model that no wrapper here has, or for a name that it does not have."""
+    wrapper = next(key for key, found in WRAPPERS.items() if found.text == name)
+    model = wrappers.build(wrapper)
+    known = {wildcard(key) for key, _ in (*model.named_modules(), *model.named_parameters())}
+    rules = [rule for rule in model_rules(model, 2) if rule.source == "shardwise"]
+    assert [rule.pattern for rule in rules if rule.pattern not in known] == []
+
+
+@pytest.fixture
+def llava() -> PreTrainedModel:
+    """A tiny one, of which the tower is most."""
+    return wrappers.build("llava")
+
+
+def test_the_tower_stays_whole_by_name(llava):
+    """Guards: a plan that is refused for what a wrapper has besides its text model, or does not say what it is."""
+    plan = shardwise.plan(llava, 2)
+    outside = [row for row in plan if not row.name.startswith(("model.language_model.", "lm_head")) and not row.buffer]
+    assert {row.rule.source for row in outside} == {"shardwise"}
+    reasons = {row.name.split(".")[1]: row.rule.reason for row in outside}
+    assert "vision tower" in reasons["vision_tower"]
+    assert "joins" in reasons["multi_modal_projector"]
+    assert plan["model.language_model.layers.0.self_attn.q_proj.weight"].sharded
+    assert "model.vision_tower.encoder.layers.*.mlp.fc1.weight" in str(plan)
+
+
+def test_a_text_model_without_a_plan_is_refused():
+    """Guards: a text model that every rank keeps whole because the tower is large and allowed to be whole."""
+    tower = {"model_type": "clip_vision_model", **SMALL, "hidden_size": 256, "intermediate_size": 1024}
+    config = AutoConfig.for_model(
+        "llava", text_config={"model_type": "bitnet", "vocab_size": 512, **SMALL}, vision_config=tower
+    )
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    with pytest.raises(PlanError, match="no rule names these matrices"):
+        shardwise.plan(model, 2)
+
+
+def test_a_second_text_model_is_no_tower(llava):
+    """Guards: a talker or a decoder beside the text model, with a vocabulary of its own, that goes as a tower."""
+    with torch.device("meta"):
+        llava.model.talker = AutoModelForCausalLM.from_config(AutoConfig.for_model("xlm", emb_dim=64, n_layers=2, n_heads=2))
+    with pytest.raises(PlanError, match=r"(?s)no rule names these matrices.*model\.talker") as caught:
+        shardwise.plan(llava, 2)
+    assert "vision_tower" not in str(caught.value)
+
+
+def test_a_head_beside_a_text_model_is_no_tower():
+    """Guards: a model that is no wrapper: what no rule names in it is no tower."""
+    config = AutoConfig.for_model("llama", vocab_size=64, num_labels=4096, **SMALL)
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(config)
+    with pytest.raises(PlanError, match="score"):
+        shardwise.plan(model, 2)
+
+
+def test_a_rule_of_the_users_for_the_tower_holds(llava):
+    """Guards: a style that the user gives a part of the tower, lost to our keeping its parameters whole."""
+    rules = {f"vision_tower.encoder.layers.*.mlp.{child}": style for child, style in (("fc1", "colwise"), ("fc2", "rowwise"))}
+    plan = shardwise.plan(llava, 2, rules)
+    assert plan["model.vision_tower.encoder.layers.0.mlp.fc1.weight"].sharded
+    assert plan["model.vision_tower.encoder.layers.1.mlp.fc2.weight"].sharded
+    assert not plan["model.vision_tower.encoder.layers.0.self_attn.q_proj.weight"].sharded
+
+
+@pytest.mark.parametrize(("name", "kind"), [("llava", "LlavaForConditionalGeneration"), ("llama", "LlamaForCausalLM")])
+def test_the_class_of_a_config(name, kind):
+    """Guards: `shardwise plan` of a wrapper's config, for which there is no causal-LM class; a base model without its head."""
+    assert type(build_on_meta(AutoConfig.for_model(name))).__name__ == kind
+
+
+def test_the_class_that_the_config_names():
+    """Guards: the plan of a causal LM shown for a checkpoint of the wrapper."""
+    config = AutoConfig.for_model("llama4", architectures=["Llama4ForConditionalGeneration"])
+    assert type(build_on_meta(config)).__name__ == "Llama4ForConditionalGeneration"
+
+
+SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
