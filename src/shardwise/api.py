@@ -34,8 +34,8 @@ def make_plan(
     """What each of `tp_size` ranks would hold and do. Nothing is read, allocated or changed.
 
     Args:
-        model_or_config: a model (its tensors may be on meta), or a transformers config, of which the causal-LM class is built
-            on meta.
+        model_or_config: a model (its tensors may be on meta), or a transformers config, of which the model is built on meta:
+            the causal LM, or the model around one that reads images or sounds.
         tp_size: ranks on the tp axis.
         plan: `"auto"` for the model's own plan with our corrections; a dict of pattern: style, merged over it; or a `Plan`.
         ep_size: ranks over which experts are dealt; None to split every expert instead.

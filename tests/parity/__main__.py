@@ -1,4 +1,4 @@
-"""`make parity`: every type on 2 and on 4 ranks; prints the table and writes `docs/architectures.md`."""
+"""`make parity`: every type on 2 and on 4 ranks; prints the tables and writes `docs/architectures.md`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from rich.console import Console
 from rich.progress import track
 
 from parity import wrappers
+from parity.sizes import real_size
 from parity.suite import Suite
 from parity.table import RANK_COUNTS, Result, render, show
 from parity.types import types
-from parity.wrapper_table import render_wrappers, size_of
+from parity.wrapper_table import TITLE, render_wrappers, size_of
 from shardwise.errors import PlanError
 from shardwise.testing import RankPool
 
@@ -23,9 +24,13 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "architectures.md"
 
 
 def main(names: list[str]) -> int:
-    """Run the types and wrappers `names`, or all of them and write the document. 0 if all are exact that can be cut at all."""
+    """Run the types and wrappers `names`, or all of them and write the document; "wrappers": all wrappers, and their table.
+    0 if all are exact that can be cut at all.
+    """
     started, console = time.monotonic(), Console(width=120)
-    chosen = [[name for name in every if not names or name in names] for every in (types(), wrappers.names())]
+    every = ([], wrappers.names()) if names == ["wrappers"] else (types(), wrappers.names())
+    whole = not names or names == ["wrappers"]
+    chosen = [[name for name in known if whole or name in names] for known in every]
     with tempfile.TemporaryDirectory() as directory:
         suites = Suite(Path(directory) / "types"), Suite(Path(directory) / "wrappers", wrappers.build, wrappers.subject)
         plain: dict[str, dict[int, Result]] = {name: {} for name in chosen[0]}
@@ -35,11 +40,13 @@ def main(names: list[str]) -> int:
                 for suite, results in zip(suites, (plain, wrapped), strict=True):
                     for name in track(results, f"tp={size}", console=console):
                         results[name][size] = _result(suite, name, pool)
-    show(plain, console)
-    show(wrapped, console, size_of)
+    for results, sizes in ((plain, real_size), (wrapped, size_of)):
+        if results:
+            show(results, console, sizes)
     console.print(f"{time.monotonic() - started:.0f} seconds")
-    if not names:
-        DOCUMENT.write_text(render(plain) + render_wrappers(wrapped))
+    if whole:
+        first = DOCUMENT.read_text().split(f"\n## {TITLE}\n")[0] if names else render(plain)
+        DOCUMENT.write_text(first + render_wrappers(wrapped))
     found = [one for results in (plain, wrapped) for result in results.values() for one in result.values()]
     return 0 if all(one.exact or not one.possible for one in found) else 1
 

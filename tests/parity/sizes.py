@@ -20,6 +20,8 @@ EVEN = 1.15
 """The fullest rank may hold this much times an eighth, or the plan says what stays whole and why."""
 LARGE = 0.01
 """A family of tensors (one of each layer) counts when what all ranks hold of it beyond one copy is this share of the model."""
+TOWER = "computed whole by every rank"
+"""What lies outside of a wrapper's text model counts together."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,9 @@ def _kept(plan: Plan, rank: int) -> list[Kept]:
     families: dict[tuple[str, str], float] = {}
     for row in plan:
         excess = row.local_bytes(rank, RANKS) * RANKS - row.bytes
-        key = wildcard(row.name).removesuffix(".weight"), _reason(row)
+        reason = _reason(row)
+        part = ".".join(row.name.split(".")[:2]) if reason.endswith(TOWER) else wildcard(row.name)
+        key = part.removesuffix(".weight"), reason
         families[key] = families.get(key, 0.0) + excess / plan.full_bytes
     large = [Kept(name, excess, reason) for (name, reason), excess in families.items() if excess >= LARGE]
     return sorted(large, key=lambda kept: -kept.excess)

@@ -3,6 +3,7 @@
 | | |
 |---|---|
 | `rules` | the plan that a model brings |
+| `towers` | what lies around the text model of a vision-language or audio model |
 | `auto` | which class an Auto class stands for, generation config |
 | `load`, `checks` | a model made of lazy tensors, and whether the checkpoint fitted it |
 | `saving` | which tensors a checkpoint has, under which names |
