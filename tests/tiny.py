@@ -144,7 +144,7 @@ TINY: dict[str, dict[str, object]] = {
     "minimax": {"layer_types": ["linear_attention", "full_attention"], "block_size": 8},
     "minimax_m3_vl_text": DENSE_THEN_SPARSE | {"dense_intermediate_size": 96, "shared_intermediate_size": 48},
     "nemotron_h": {
-        "num_hidden_layers": None,
+        "num_hidden_layers": 4,
         "layer_types": ["mamba", "attention", "moe", "mlp"],
         "mamba_num_heads": 8,
         "mamba_head_dim": 16,
@@ -258,8 +258,7 @@ def known(name: str) -> frozenset[str]:
 def config(name: str, **options: object) -> PreTrainedConfig:
     """The config of a type in `TINY`, or of another one, for which the common sizes may do."""
     common = {key: value for key, value in COMMON.items() if key in known(name)}
-    given = common | TINY.get(name, {}) | options
-    return AutoConfig.for_model(name, **{k: value for k, value in given.items() if not (k in COMMON and value is None)})
+    return AutoConfig.for_model(name, **common | TINY.get(name, {}) | options)
 
 
 def build(name: str, **options: object) -> PreTrainedModel:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 
 from shardwise.errors import PlanError, describe
@@ -32,10 +32,12 @@ def refused(name: str, problem: str, rule: Rule) -> PlanError:
     return PlanError(describe(f"{name}: {problem}.", rule=str(rule), either=way_out))
 
 
-def uncuttable(name: str, problem: str, shape: Shape, rule: Rule) -> PlanError:
-    """A parameter whose size the ranks can't share."""
+def uncuttable(name: str, problem: str, shape: Shape, rule: Rule, sizes: Sequence[int]) -> PlanError:
+    """A parameter whose size the ranks can't share; `sizes`: the smaller numbers of ranks that could."""
     owner = wildcard(name.rpartition(".")[0])
-    way_out = ["a tp_size that its units divide, or", f'tp_plan={{"{owner}": "replicate"}} to keep it whole']
+    all_up_to = sizes and sizes[-1] == len(sizes)
+    fewer = f"a tp_size of {f'at most {sizes[-1]}' if all_up_to else ', '.join(map(str, sizes))}, or"
+    way_out = [*([fewer] if sizes else []), f'tp_plan={{"{owner}": "replicate"}} to keep it whole']
     return PlanError(describe(f"{name}: {problem}, of shape {shape}.", rule=str(rule), either=way_out))
 
 

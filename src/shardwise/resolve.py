@@ -148,7 +148,8 @@ class _Resolver:
             cut = _expert_cut(style, shape, self.size)
         layout = style.layout(shape, replace(cut, transposed=transposed)) if cut is not None else plain
         if problem := layout.problem(shape, self.size):
-            raise problems.uncuttable(name, problem, shape, rule)
+            fewer = [n for n in range(1, self.size) if layout.problem(shape, n) is None]
+            raise problems.uncuttable(name, problem, shape, rule, fewer)
         return layout
 
     def _attributes(

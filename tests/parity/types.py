@@ -134,13 +134,30 @@ TEXT = {"emu3": "emu3_text_model"}
 """Of types whose causal-LM class is that of a part: the part."""
 
 
-def build(name: str) -> PreTrainedModel:
-    """The tiny model in float32, the same in every process."""
-    model = tiny.build(TEXT.get(name, name), **OPTIONS.get(name, {}))
-    if name == "youtu":  # loading zeroes the row of the pad token, so a checkpoint that is saved again has zeros there
+def build(name: str, **options: object) -> PreTrainedModel:
+    """The tiny model in float32, the same in every process, with these options of its config besides those it needs."""
+    model = tiny.build(TEXT.get(name, name), **OPTIONS.get(name, {}) | options)
+    pad = getattr(model.config, "pad_token_id", None)
+    if name == "youtu" and pad is not None:  # loading zeroes the pad token's row, so a checkpoint saved again has zeros there
         with torch.no_grad():
-            model.get_input_embeddings().weight[model.config.pad_token_id] = 0
+            model.get_input_embeddings().weight[pad] = 0
     return model
+
+
+def on_meta(name: str, **options: object) -> PreTrainedModel:
+    """The model of `build` without memory."""
+    return tiny.on_meta(TEXT.get(name, name), **OPTIONS.get(name, {}) | options)
+
+
+def fields(name: str) -> dict[str, object]:
+    """What the tiny config says, by field, without what differs between layers."""
+    config, found = tiny.config(TEXT.get(name, name), **OPTIONS.get(name, {})), {}
+    for key in sorted(tiny.known(TEXT.get(name, name))):
+        try:
+            found[key] = getattr(config, key)
+        except (AttributeError, RuntimeError):
+            continue
+    return found
 
 
 def default(name: str) -> PreTrainedConfig:
