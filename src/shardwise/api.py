@@ -12,9 +12,10 @@ from shardwise.coverage import check_coverage
 from shardwise.errors import PlanError, describe
 from shardwise.generation import same_random_state
 from shardwise.hf import base_prefix, build_on_meta, check_head, has_expert_plan, model_rules
-from shardwise.mesh import local_device, tp_mesh
+from shardwise.layers.registry import style_named
+from shardwise.mesh import expert_axis, local_device, tp_mesh
 from shardwise.model import ShardedModel
-from shardwise.parallelize import apply_plan, refuse_parallel, remove_plan, state_of
+from shardwise.parallelize import ModelState, apply_plan, refuse_parallel, remove_plan, state_of
 from shardwise.plan import Plan
 from shardwise.rendezvous import START_TIMEOUT, meet
 from shardwise.replicas import check_same_weights
@@ -38,7 +39,7 @@ def make_plan(
             the causal LM, or the model around one that reads images or sounds.
         tp_size: ranks on the tp axis.
         plan: `"auto"` for the model's own plan with our corrections; a dict of pattern: style, merged over it; or a `Plan`.
-        ep_size: ranks over which experts are dealt; None to split every expert instead.
+        ep_size: ranks over which experts are dealt: `tp_size`, or a multiple of it; None to split every expert instead.
 
     Raises `PlanError` where it can't be done, naming the module, the numbers and the rule.
     """
@@ -46,10 +47,12 @@ def make_plan(
         raise PlanError(f"tp_size={tp_size}: the number of ranks on the tp axis is at least 1.")
     model = build_on_meta(model_or_config) if isinstance(model_or_config, PreTrainedConfig) else model_or_config
     if isinstance(plan, Plan):
-        return plan
+        return _given(plan, tp_size, ep_size)
     _check_experts(model, tp_size, ep_size)
     rules = model_rules(model, tp_size, expert_parallel=ep_size is not None and ep_size > 1)
-    table = resolve(model, [*rules, *_user_rules(model, plan)], tp_size)
+    if tp_size == 1:
+        rules = [rule for rule in rules if style_named(rule.style, str(rule)).axis == "ep"]
+    table = resolve(model, [*rules, *_user_rules(model, plan)], tp_size, ep_size)
     check_coverage(model, table)
     check_head(model, table)
     return table
@@ -71,18 +74,20 @@ def parallelize(
     Raises `PlanError` before anything is changed. Collective: every rank of the mesh must call it.
     """
     axis = tp_mesh(device_mesh=mesh)
-    if axis is None or axis.size() == 1:
+    if axis is None or max(axis.size(), ep_size or 1) == 1:
         return model
     refuse_parallel(model)
     table = make_plan(model, axis.size(), plan, ep_size=ep_size)
-    meet(axis, "parallelize", START_TIMEOUT)
-    check_same_weights(model, axis)
-    device, rank = local_device(axis), axis.get_local_rank()
+    state = ModelState(table, axis, expert_axis(axis, table.ep_size))
+    meet(state.ep, "parallelize", START_TIMEOUT)
+    check_same_weights(model, state.ep)
+    device = local_device(axis)
 
     def shard(row: ShardSpec, tensor: Tensor) -> Tensor:
-        return (row.layout.shard(tensor, rank, axis.size()) if row.sharded else tensor).to(device)
+        on = state.axis_of(row)
+        return (row.layout.shard(tensor, on.get_local_rank(), on.size()) if row.sharded else tensor).to(device)
 
-    apply_plan(model, table, axis, shard, ShardedModel.for_model(model))
+    apply_plan(model, state, shard, ShardedModel.for_model(model))
     same_random_state(axis)
     return model
 
@@ -95,20 +100,31 @@ def unparallelize(model: nn.Module) -> nn.Module:
     state = state_of(model)
     if state is None:
         return model
-    mesh = state.mesh
-    meet(mesh, "unparallelize")
-    remove_plan(model, lambda row, tensor: gather_full(row, tensor, mesh))
+    meet(state.ep, "unparallelize")
+    remove_plan(model, lambda row, tensor: gather_full(row, tensor, state.axis_of(row)))
     return model
 
 
+def _given(plan: Plan, tp_size: int, ep_size: int | None) -> Plan:
+    if plan.size != tp_size:
+        raise PlanError(f"The plan is for tp={plan.size}, and the mesh has {tp_size} ranks: make the plan for this size.")
+    if ep_size not in (None, plan.ep_size):
+        raise PlanError(f"The plan deals experts to {plan.ep_size} ranks, and ep_size={ep_size} was asked for: leave it out.")
+    return plan
+
+
 def _check_experts(model: nn.Module, tp_size: int, ep_size: int | None) -> None:
-    if ep_size in (None, 1):
+    if ep_size is None or ep_size == 1:
         return
-    if ep_size != tp_size:
+    if ep_size % tp_size:
         raise PlanError(
             describe(
                 f"ep_size={ep_size} is not possible with tp_size={tp_size}.",
-                either=[f"ep_size={tp_size}: the experts are dealt to all ranks, or", "leave it out: every expert is split"],
+                either=[
+                    f"ep_size={tp_size}: the experts are dealt to the tp axis, or",
+                    f"ep_size={2 * tp_size}, ...: to several neighbouring replicas, or",
+                    "leave it out: every expert is split",
+                ],
             )
         )
     if not has_expert_plan(model):

@@ -22,9 +22,9 @@ from shardwise.errors import MismatchError, ShardwiseError, describe
 from shardwise.generation import same_random_state
 from shardwise.hf import attach_generation_config, load_lazily, resolve_model_class
 from shardwise.lazy import LazyTensor, read_into
-from shardwise.mesh import local_device, tp_mesh
+from shardwise.mesh import expert_axis, local_device, tp_mesh
 from shardwise.model import ShardedModel
-from shardwise.parallelize import apply_plan, required_state
+from shardwise.parallelize import ModelState, apply_plan, required_state
 from shardwise.plan import Plan
 from shardwise.rendezvous import START_TIMEOUT, meet
 from shardwise.replicas import digest, first_difference
@@ -68,7 +68,7 @@ def from_pretrained(
             and `device_mesh`, the call is transformers' own.
         tp_size: ranks on the tp axis, by default all processes.
         device_mesh: the caller's mesh (one-dimensional, or with an axis named "tp").
-        ep_size: ranks over which experts are dealt.
+        ep_size: ranks over which experts are dealt: those of the tp axis, or a multiple of them.
         kwargs: transformers' own keywords (`dtype`, `attn_implementation`, `revision`, `output_loading_info`, ...).
 
     In one process the ordinary model is loaded. Raises `PlanError`, before a weight is read, for a plan that can't be carried
@@ -77,7 +77,7 @@ def from_pretrained(
     if tp_plan is None and tp_size is None and device_mesh is None:
         return _ordinary(auto_class, path_or_id, kwargs)
     axis = tp_mesh(tp_size, device_mesh)
-    if axis is None or axis.size() == 1:
+    if axis is None or max(axis.size(), ep_size or 1) == 1:
         return _ordinary(auto_class, path_or_id, kwargs).to(local_device(axis))
     if given := [name for name in _REFUSED if kwargs.get(name)]:
         raise ShardwiseError(
@@ -86,11 +86,12 @@ def from_pretrained(
                 either=["leave it out: each rank's shards go to its own device, or", "leave tp_plan out"],
             )
         )
-    meet(axis, "from_pretrained", START_TIMEOUT)
+    ep = expert_axis(axis, tp_plan.ep_size if isinstance(tp_plan, Plan) else ep_size)
+    meet(ep, "from_pretrained", START_TIMEOUT)
     plan = "auto" if tp_plan is None else tp_plan
-    request = _Request(auto_class, os.fspath(path_or_id), axis, plan, ep_size, _shared_seed(axis), kwargs)
+    request = _Request(auto_class, os.fspath(path_or_id), axis, ep, plan, ep_size, _shared_seed(ep), kwargs)
     with torch.inference_mode(False):  # parameters made in inference mode could never be trained
-        model = _together(axis, request.load)
+        model = _together(ep, request.load)
     request.check_agreement(model)
     same_random_state(axis)
     return (model, request.loading_info) if request.wants_info else model  # type: ignore[return-value]
@@ -128,6 +129,7 @@ class _Request:
     auto_class: Any
     path: str
     mesh: DeviceMesh
+    ep: DeviceMesh
     tp_plan: PlanLike
     ep_size: int | None
     seed: int
@@ -155,7 +157,8 @@ class _Request:
         self.fingerprint = fingerprint(files)
         model = load_lazily(model_class, config, tensors, dtype=self.dtype, seed=self.seed, **rest)
         table = make_plan(model, self.mesh.size(), self.tp_plan, ep_size=self.ep_size)
-        apply_plan(model, table, self.mesh, _reader(table, self.mesh), ShardedModel.for_model(model))
+        state = ModelState(table, self.mesh, self.ep)
+        apply_plan(model, state, _reader(state), ShardedModel.for_model(model))
         if self.generation_config is not None:
             model.generation_config = self.generation_config
         else:
@@ -173,7 +176,7 @@ class _Request:
             "the checkpoint": digest(self.fingerprint),
         }
         for what, number in facts.items():
-            if (rank := first_difference(torch.tensor([number]), self.mesh)) is not None:
+            if (rank := first_difference(torch.tensor([number]), self.ep)) is not None:
                 raise MismatchError(
                     describe(
                         f"from_pretrained: {what} on rank {rank} is not that of rank 0.",
@@ -194,13 +197,14 @@ class _Request:
         return config, {**rest, **kept}
 
 
-def _reader(table: Plan, mesh: DeviceMesh) -> Callable[[ShardSpec, Tensor], Tensor]:
-    rank, size, device = mesh.get_local_rank(), mesh.size(), local_device(mesh)
-    quiet = rank > 0 or not logging.is_progress_bar_enabled()
+def _reader(state: ModelState) -> Callable[[ShardSpec, Tensor], Tensor]:
+    table, device = state.plan, local_device(state.mesh)
+    quiet = state.ep.get_local_rank() > 0 or not logging.is_progress_bar_enabled()
     progress = tqdm(total=len(table), desc="Loading weights", disable=quiet)
 
     def read(row: ShardSpec, tensor: Tensor) -> Tensor:
-        local = read_shard(row, tensor, rank, size).to(device)
+        axis = state.axis_of(row)
+        local = read_shard(row, tensor, axis.get_local_rank(), axis.size()).to(device)
         progress.update()
         if progress.n == len(table):
             progress.close()

@@ -148,6 +148,30 @@ def _given_axis(mesh: DeviceMesh, tp_size: int | None) -> DeviceMesh:
     return axis
 
 
+def expert_axis(mesh: DeviceMesh, ep_size: int | None) -> DeviceMesh:
+    """The ranks to which experts are dealt: the tp axis `mesh`, or it and its neighbours among the replicas, `ep_size` in all.
+
+    In a larger axis the ranks of one replica stand next to each other. Collective over all ranks that `mesh` was taken from,
+    where it is larger. Raises `MeshError` where the replicas cannot form groups of this size.
+    """
+    size = mesh.size()
+    if ep_size is None or ep_size <= size:
+        return mesh
+    root = mesh._get_root_mesh()
+    here = _axes(root).index(mesh.mesh_dim_names[0]) if mesh.mesh_dim_names and root.ndim > 1 else 0
+    ranks = root.mesh.movedim(here, -1).flatten()
+    if len(ranks) % ep_size:
+        sizes = [str(n) for n in range(size, len(ranks) + 1, size) if len(ranks) % n == 0]
+        raise MeshError(
+            describe(
+                f"{len(ranks)} processes with tp_size={size} cannot deal experts to groups of {ep_size}.",
+                either=[f"ep_size={', '.join(sizes)}, or", "start more processes"],
+            )
+        )
+    groups = DeviceMesh(mesh.device_type, ranks.view(-1, ep_size), mesh_dim_names=("replica", "ep"))
+    return groups["ep"]
+
+
 def is_first_replica(mesh: DeviceMesh) -> bool:
     """Whether this rank's tp axis is the first of those that hold the same model (of a mesh with a data-parallel axis)."""
     coordinate = dict(zip(_axes(mesh), mesh._get_root_mesh().get_coordinate() or (), strict=False))

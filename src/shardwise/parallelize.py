@@ -12,49 +12,63 @@ from torch import Tensor, nn
 from shardwise.errors import PlanError, ShardwiseError, describe
 from shardwise.layers import LocalConfig, ParallelStyle, Region, ShardState, is_parallel, original_class, parallel_class
 from shardwise.plan import Plan
-from shardwise.spec import ModuleSpec, ShardSpec
+from shardwise.spec import ModuleSpec, ShardSpec, sums_gradient
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 ReadShard = Callable[[ShardSpec, Tensor], Tensor]
 _STATE = "_shardwise"
+_DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
 
 
 @dataclass(frozen=True)
 class ModelState:
-    """What a parallel model carries: the table, and the axis that it lies on."""
+    """What a parallel model carries: the table, and the axes that it lies on.
+
+    Args:
+        plan: the table.
+        mesh: the tp axis, whose ranks compute the same tokens.
+        ep: the ranks to which experts are dealt: the tp axis, or several neighbouring ones. A rank's model lies on all of them.
+    """
 
     plan: Plan
     mesh: DeviceMesh
+    ep: DeviceMesh
+
+    def axis_of(self, row: ShardSpec | ModuleSpec) -> DeviceMesh:
+        """The mesh that `row` lies on."""
+        return self.ep if row.axis == "ep" else self.mesh
+
+    def local_shape(self, row: ShardSpec) -> tuple[int, ...]:
+        """The shape of this rank's shard of `row`."""
+        axis = self.axis_of(row)
+        return row.local_shape(axis.get_local_rank(), axis.size())
 
 
-def apply_plan(
-    model: nn.Module, plan: Plan, mesh: DeviceMesh, read: ReadShard, root: type[ParallelStyle] | None = None
-) -> None:
+def apply_plan(model: nn.Module, state: ModelState, read: ReadShard, root: type[ParallelStyle] | None = None) -> None:
     """Turn `model` into this rank's part of it, in place.
 
     Args:
         model: an ordinary model, of which the plan was made.
-        plan: the table.
-        mesh: the tp axis, of the plan's size.
+        state: the table, and the axes of its sizes.
         read: gives this rank's shard of a tensor; called once for each row.
         root: what to mix in front of the model's own class.
     """
     refuse_parallel(model)
-    if plan.size != mesh.size():
-        raise PlanError(f"The plan is for tp={plan.size}, and the mesh has {mesh.size()} ranks: make the plan for this size.")
+    plan, mesh = state.plan, state.mesh
     _check_fits(model, plan)
     _replace_tensors(model, plan, read)
     regions: dict[str, Region] = {}
     for row in plan.modules:
         module, parent = model.get_submodule(row.name), row.name.rpartition(".")[0]
         region = regions.setdefault(parent, Region(row.local_dropout)) if row.region else None
-        _parallelize_module(module, row, plan, mesh, region)
+        _parallelize_module(module, row, state, region)
     if root is not None and not is_parallel(model):
-        model.__dict__["_tp"] = ShardState(mesh)
+        model.__dict__["_tp"] = ShardState(mesh, mesh)
         model.__class__ = parallel_class(root, type(model))
-    model.__dict__[_STATE] = ModelState(plan, mesh)
+    model.__dict__[_STATE] = state
+    _leave_experts_to_us(model, state)
 
 
 def remove_plan(model: nn.Module, read: ReadShard) -> None:
@@ -66,6 +80,7 @@ def remove_plan(model: nn.Module, read: ReadShard) -> None:
     if is_parallel(model):
         _restore_module(model)
     del model.__dict__[_STATE]
+    model.__dict__.pop(_DDP_IGNORES, None)
 
 
 def state_of(model: nn.Module) -> ModelState | None:
@@ -110,7 +125,7 @@ def row_of(state: ModelState, name: str, tensor: Tensor) -> ShardSpec:
     """
     name = plain_name(name)
     row = state.plan.get(name)
-    if row is not None and tuple(tensor.shape) == row.local_shape(state.mesh.get_local_rank(), state.mesh.size()):
+    if row is not None and tuple(tensor.shape) == state.local_shape(row):
         return row
     raise ShardwiseError(
         describe(
@@ -167,23 +182,26 @@ def _replace_tensors(model: nn.Module, plan: Plan, read: ReadShard) -> None:
             (group._buffers if row.buffer else group._parameters)[child] = new  # type: ignore[assignment]
 
 
-def _parallelize_module(module: nn.Module, row: ModuleSpec, plan: Plan, mesh: DeviceMesh, region: Region | None) -> None:
-    rank, own = mesh.get_local_rank(), {}
+def _parallelize_module(module: nn.Module, row: ModuleSpec, model: ModelState, region: Region | None) -> None:
+    plan, mesh, own = model.plan, model.axis_of(row), {}
     for child in (*module._parameters, *module._buffers):
         name = f"{row.name}.{child}" if row.name else child
         if name in plan:
             own[child] = plan[name]
     layouts = {child: (spec.layout, spec.shape) for child, spec in own.items()}
-    state = ShardState(mesh, layouts, row.transposed, dict(row.options), region)
+    state = ShardState(mesh, model.mesh, layouts, row.transposed, dict(row.options), region)
     for attribute, values in row.attributes.items():
-        _set_local(module, attribute, values[rank], state)
-    summed = tuple(child for child, spec in own.items() if not spec.buffer and _sums(spec, mesh.size()))
+        _set_local(module, attribute, values[mesh.get_local_rank()], state)
+    summed = tuple(child for child, spec in own.items() if not spec.buffer and sums_gradient(spec, plan.size, plan.ep_size))
     module.__dict__["_tp"] = state
     module.__class__ = parallel_class(row.style, type(module), summed)
 
 
-def _sums(spec: ShardSpec, size: int) -> bool:
-    return spec.partial or (spec.sharded and spec.layout.copies(spec.shape, size) > 1)
+def _leave_experts_to_us(model: nn.Module, state: ModelState) -> None:
+    """Tell DDP which parameters other replicas hold other parts of: it would make them all the first replica's."""
+    if state.ep.size() > state.mesh.size():
+        dealt = [name for row in state.plan if row.axis == "ep" and row.sharded for name in (row.name, *row.aliases)]
+        model.__dict__[_DDP_IGNORES] = dealt
 
 
 def _set_local(module: nn.Module, attribute: str, value: int | None, state: ShardState) -> None:

@@ -22,11 +22,16 @@ class Plan:
         size: ranks on the tp axis.
         tensors: a row for every parameter and buffer, whole ones included; tied parameters have one.
         modules: a row for every module that becomes parallel.
+        ep_size: ranks over which experts are dealt, `size` or a multiple of it; by default `size`.
     """
 
     size: int
     tensors: tuple[ShardSpec, ...]
     modules: tuple[ModuleSpec, ...]
+    ep_size: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ep_size", self.ep_size or self.size)
 
     def __iter__(self) -> Iterator[ShardSpec]:
         return iter(self.tensors)
@@ -49,9 +54,17 @@ class Plan:
     def _by_name(self) -> dict[str, ShardSpec]:
         return {name: row for row in self.tensors for name in (row.name, *row.aliases)}
 
+    def place(self, row: ShardSpec | ModuleSpec, rank: int) -> tuple[int, int]:
+        """The rank on `row`'s axis, and that axis's size, of the `rank`th of the `ep_size` ranks that hold the model."""
+        return (rank, self.ep_size) if row.axis == "ep" else (rank % self.size, self.size)
+
+    def local_shape(self, row: ShardSpec, rank: int) -> tuple[int, ...]:
+        """The shape of `rank`'s shard of `row`."""
+        return row.local_shape(*self.place(row, rank))
+
     def local_bytes(self, rank: int) -> int:
-        """Bytes of all of `rank`'s parameters and buffers."""
-        return sum(row.local_bytes(rank, self.size) for row in self.tensors)
+        """Bytes of all parameters and buffers of the `rank`th of the `ep_size` ranks that hold the model."""
+        return sum(row.local_bytes(*self.place(row, rank)) for row in self.tensors)
 
     @property
     def full_bytes(self) -> int:
@@ -67,7 +80,7 @@ class Plan:
 
     def _render(self) -> Console:
         console = Console(record=True, file=io.StringIO(), width=180)
-        table = Table(title=f"tensor parallel over {self.size} ranks", title_justify="left", box=None, pad_edge=False)
+        table = Table(title=self._title(), title_justify="left", box=None, pad_edge=False)
         for column in ("parameter", "style", "from"):
             table.add_column(column, no_wrap=True)
         for column in ("full shape", "shape on rank 0", "MiB a rank"):
@@ -80,15 +93,19 @@ class Plan:
                 row.rule.style if row.rule else "-",
                 row.rule.source if row.rule else "-",
                 _shape(row.shape),
-                _shape(row.local_shape(0, self.size)),
-                f"{sum(r.local_bytes(0, self.size) for r in rows) / 2**20:.2f}",
+                _shape(self.local_shape(row, 0)),
+                f"{sum(r.local_bytes(*self.place(r, 0)) for r in rows) / 2**20:.2f}",
                 f"{row.layout}{', gradient summed' if row.partial else ''}",
             )
         console.print(table)
-        fullest, full = max(self.local_bytes(rank) for rank in range(self.size)), self.full_bytes
+        fullest, full = max(self.local_bytes(rank) for rank in range(self.ep_size)), self.full_bytes
         share = f"{fullest * self.size / max(full, 1):.3f} x 1/{self.size}"
         console.print(f"{fullest / 2**20:.2f} MiB on the fullest rank, of {full / 2**20:.2f} MiB: {share}")
         return console
+
+    def _title(self) -> str:
+        experts = f", experts over {self.ep_size}" if self.ep_size != self.size else ""
+        return f"tensor parallel over {self.size} ranks{experts}"
 
     def _families(self) -> dict[str, list[ShardSpec]]:
         families: dict[tuple[object, ...], list[ShardSpec]] = {}

@@ -4,7 +4,7 @@ changed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -12,32 +12,34 @@ from torch import nn
 
 from shardwise import problems
 from shardwise.heads import Heads, heads_of, runs_over_kv
-from shardwise.layers import Cut, Local, LocalParamsParallel, ParallelStyle, Replicate, stores_transposed
+from shardwise.layers import Axis, Cut, Local, LocalParamsParallel, ParallelStyle, Replicate, stores_transposed
 from shardwise.layers.linear import ColwiseGatherOutput, LinearStyle, RowwiseSplitInput
 from shardwise.layers.registry import style_named
 from shardwise.layout import Layout, Replicated, Shape
 from shardwise.norms import head_norms
 from shardwise.plan import Plan, wildcard
-from shardwise.spec import ModuleSpec, Rule, ShardSpec
+from shardwise.spec import ModuleSpec, Rule, ShardSpec, sums_gradient
 
 
-def resolve(model: nn.Module, rules: Sequence[Rule], size: int) -> Plan:
+def resolve(model: nn.Module, rules: Sequence[Rule], size: int, ep_size: int | None = None) -> Plan:
     """The plan for `model` (its parameters may be on meta) on `size` ranks; of several rules for one target the last one holds.
 
+    Experts that are dealt lie on `ep_size` ranks, by default on `size`.
     Raises `PlanError` for a rule of the user's that matches nothing, a style that does not exist or can't be applied, and a
     size that can't be cut.
     """
-    resolver = _Resolver(model, size)
+    resolver = _Resolver(model, size, ep_size or size)
     resolver.assign(rules)
     resolver.rules |= head_norms(resolver.modules, resolver.rules, size)
     rows = tuple(resolver.rows())
-    return Plan(size, rows, tuple(resolver.module_rows({row.name: row for row in rows})))
+    return Plan(size, rows, tuple(resolver.module_rows({row.name: row for row in rows})), resolver.ep_size)
 
 
 @dataclass
 class _Resolver:
     model: nn.Module
     size: int
+    ep_size: int
     rules: dict[str, Rule] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -96,14 +98,16 @@ class _Resolver:
             own = {child: by_name[_join(name, child)] for child in _direct(module)}
             style = style_named(rule.style, str(rule)) if rule else LocalParamsParallel
             attributes = self._attributes(name, module, style, own)
-            summed = any(row.partial or _shares(row, self.size) for row in own.values())
+            summed = any(sums_gradient(row, self.size, self.ep_size) for row in own.values())
             if rule is None and not attributes and not summed:
                 continue
             parent = name.rpartition(".")[0]
             options = style.options(module, self.modules[parent])
             region = regions.get(parent) if style.opens_region or style.closes_region else None
             transposed = stores_transposed(module)
-            yield ModuleSpec(name, style, rule, attributes, options, transposed, region is not None, bool(region))
+            yield ModuleSpec(
+                name, style, rule, attributes, options, transposed, region is not None, bool(region), _axis(style, own)
+            )
 
     def _row(self, name: str) -> ShardSpec:
         tensor = self.tensors.get(name, self.buffers.get(name))
@@ -111,14 +115,14 @@ class _Resolver:
         parent = name.rpartition(".")[0]
         rule = self.rules.get(name) or self.rules.get(parent)
         layout: Layout = Replicated()
-        partial, shape = False, tuple(tensor.shape)
+        partial, shape, axis = False, tuple(tensor.shape), ParallelStyle.axis
         if rule is not None:
             style = style_named(rule.style, str(rule))
             if name not in self.rules and (problem := style.refuses(self.modules[parent])):
                 raise problems.refused(parent, problem, rule)
             layout = self._layout(name, style, rule, tensor) if name in self.tensors else Replicated()
-            partial = style.gradient_is_partial and name in self.tensors
-        return ShardSpec(name, shape, tensor.dtype, layout, partial, name in self.buffers, rule)
+            partial, axis = style.gradient_is_partial and name in self.tensors, style.axis
+        return ShardSpec(name, shape, tensor.dtype, layout, partial, name in self.buffers, rule, axis=axis)
 
     def _check_module(self, name: str, module: nn.Module, rule: Rule | None) -> None:
         if rule is not None and not _direct(module) and (problem := style_named(rule.style, str(rule)).refuses(module)):
@@ -145,10 +149,11 @@ class _Resolver:
                 raise problems.heads(name if name in self.rules else owner, problem, rule, heads, self.size)
             cut = _head_cut(heads, target[2], shape[where[0]], self.size)
         if cut is None and len(shape) == 3:
-            cut = _expert_cut(style, shape, self.size)
+            cut = _expert_cut(style, shape, self._ranks(style.axis))
         layout = style.layout(shape, replace(cut, transposed=transposed)) if cut is not None else plain
-        if problem := layout.problem(shape, self.size):
-            fewer = [n for n in range(1, self.size) if layout.problem(shape, n) is None]
+        ranks = self._ranks(style.axis)
+        if problem := layout.problem(shape, ranks):
+            fewer = [n for n in range(1, ranks) if layout.problem(shape, n) is None]
             raise problems.uncuttable(name, problem, shape, rule, fewer)
         return layout
 
@@ -162,13 +167,17 @@ class _Resolver:
                 found |= below.parent_attributes
         if rule is not None:
             layouts = {child: (row.layout, row.shape) for child, row in own.items()}
-            ranks = [style.local_attributes(module, Local(layouts, rank, self.size)) for rank in range(self.size)]
+            size = self._ranks(_axis(style, own))
+            ranks = [style.local_attributes(module, Local(layouts, rank, size)) for rank in range(size)]
             found = {key: tuple(values[key] for values in ranks) for key in ranks[0]} | found
         if self._shares_kv_heads(name, module) and hasattr(module, "num_key_value_groups"):
             heads = heads_of(module)
             assert heads is not None
             found.setdefault("num_key_value_groups", (heads.local_group(self.size),) * self.size)
         return {key: values for key, values in found.items() if any(value != _read(module, key) for value in values)}
+
+    def _ranks(self, axis: Axis) -> int:
+        return self.ep_size if axis == "ep" else self.size
 
     def _shares_kv_heads(self, name: str, module: nn.Module) -> bool:
         rules = [self.rules.get(_join(name, child)) for child in ("k_proj", "v_proj")]
@@ -221,8 +230,8 @@ def _expert_cut(style: type[ParallelStyle], shape: Shape, size: int) -> Cut | No
     return cut if style.layout(shape, cut).problem(shape, size) is None else None
 
 
-def _shares(row: ShardSpec, size: int) -> bool:
-    return row.sharded and row.layout.copies(row.shape, size) > 1
+def _axis(style: type[ParallelStyle], own: Mapping[str, ShardSpec]) -> Axis:
+    return "ep" if style.axis == "ep" or any(row.axis == "ep" for row in own.values()) else "tp"
 
 
 def _direct(module: nn.Module) -> Iterable[str]:

@@ -18,7 +18,7 @@ from shardwise.errors import CheckpointError, ShardwiseError, describe
 from shardwise.hf import checkpoint_tensors, description_files
 from shardwise.lazy import Box, LazyTensor, lazy, read
 from shardwise.mesh import all_replicas, is_first_replica, local_device, replica_groups
-from shardwise.parallelize import plain_name, required_state, row_of
+from shardwise.parallelize import ModelState, plain_name, required_state, row_of
 from shardwise.rendezvous import DEFAULT_TIMEOUT, meet_ranks
 from shardwise.replicas import check_same_arguments
 from shardwise.spec import ShardSpec
@@ -60,7 +60,8 @@ def save_pretrained(
     """
     _refuse(model, unused)
     directory = os.fspath(save_directory)  # on every rank: what is wrong with it must not be news to the first one only
-    mesh = required_state(model).mesh
+    state = required_state(model)
+    mesh = state.mesh
     meet_ranks(all_replicas(mesh), "save_pretrained", timeout)
     check_same_arguments(mesh, "save_pretrained", directory, max_shard_size, variant, save_original_format)
     tensors = checkpoint_tensors(model, dict(_lazy_shards(model)), save_original_format)
@@ -69,7 +70,7 @@ def save_pretrained(
     )
     writes = mesh.get_local_rank() == 0 and is_first_replica(mesh)
     writer = CheckpointWriter(directory, plan) if writes else None
-    _Save(model, mesh, plan, tensors, writer).run()
+    _Save(model, state, plan, tensors, writer).run()
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class _Save:
     """One call: every rank walks the same tensors in the same order, and one of them writes."""
 
     model: PreTrainedModel
-    mesh: DeviceMesh
+    state: ModelState
     plan: FilePlan
     tensors: dict[str, Tensor]
     writer: CheckpointWriter | None
@@ -162,8 +163,9 @@ class _Save:
 
     def _failed(self, failure: Exception | None, replicas: bool = False) -> bool:
         """Whether the writing rank has failed, as it tells the others, so that none is left waiting or goes on too early."""
-        flag = torch.tensor([int(failure is not None)], device=local_device(self.mesh))
-        for group in (self.mesh.get_group(), *(replica_groups(self.mesh) if replicas else ())):
+        ep = self.state.ep
+        flag = torch.tensor([int(failure is not None)], device=local_device(ep))
+        for group in (ep.get_group(), *(replica_groups(ep) if replicas else ())):
             dist.all_reduce(flag, group=group)
         return bool(flag.item())
 
@@ -174,7 +176,7 @@ def _lazy_shards(model: PreTrainedModel) -> Iterator[tuple[str, LazyTensor]]:
     for name, tensor in model.state_dict(keep_vars=True).items():
         row = row_of(state, name, tensor)
         if row.name not in made:
-            made[row.name] = lazy(ShardSource(row, tensor.detach(), state.mesh))
+            made[row.name] = lazy(ShardSource(row, tensor.detach(), state.axis_of(row)))
         yield plain_name(name), made[row.name]
 
 

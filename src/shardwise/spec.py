@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from shardwise.layers import Cut, ParallelStyle
+from shardwise.layers import Axis, Cut, ParallelStyle
 from shardwise.layout import Layout, Shape
 
 Source = Literal["model", "user", "shardwise"]
@@ -62,6 +62,7 @@ class ShardSpec:
         buffer: it is a buffer, not a parameter.
         rule: the rule that led to it; None where nothing was said.
         aliases: the other names of a tied parameter.
+        axis: the ranks that it lies on.
     """
 
     name: str
@@ -72,6 +73,7 @@ class ShardSpec:
     buffer: bool = False
     rule: Rule | None = None
     aliases: tuple[str, ...] = ()
+    axis: Axis = "tp"
 
     def local_shape(self, rank: int, size: int) -> Shape:
         """The shape of `rank`'s shard."""
@@ -92,6 +94,15 @@ class ShardSpec:
         return self.layout.cut(self.shape) is not None
 
 
+def sums_gradient(row: ShardSpec, size: int, ep_size: int) -> bool:
+    """Whether the gradient of `row`'s parameter is more than one rank's backward gives: of a parameter that some ranks hold in
+    common, each with a part of the gradient, and of experts that compute tokens of several batches.
+    """
+    if row.axis == "ep":
+        return row.partial or (row.sharded and ep_size > size)
+    return row.partial or (row.sharded and row.layout.copies(row.shape, size) > 1)
+
+
 @dataclass(frozen=True, slots=True)
 class ModuleSpec:
     """One module that becomes parallel.
@@ -100,11 +111,12 @@ class ModuleSpec:
         name: its dotted name.
         style: the class that is mixed in.
         rule: the rule that led to it; None where only a parameter of it has one.
-        attributes: attributes that become local, one value a rank.
+        attributes: attributes that become local, one value a rank of its axis.
         options: what the style needs to know besides.
         transposed: its weight is kept as (in, out).
         region: the module opens or closes a parallel region with siblings (the children of one parent).
         local_dropout: between them the parent drops out elements of local activations.
+        axis: the ranks that its parameters lie on.
     """
 
     name: str
@@ -115,3 +127,4 @@ class ModuleSpec:
     transposed: bool = False
     region: bool = False
     local_dropout: bool = False
+    axis: Axis = "tp"

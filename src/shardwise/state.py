@@ -18,33 +18,34 @@ if TYPE_CHECKING:
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor] | None:
-    """The state dict of the ordinary model: full tensors on the CPU of the tp axis's first rank, None on the others.
+    """The state dict of the ordinary model: full tensors on the CPU of the first of the ranks that it lies on, None on the
+    others.
 
-    Collective: every rank of the axis must call it; raises `MissingRankError` when one does not. Tied parameters stand under
-    each of their names, as one tensor; buffers that are not persistent are left out, as `nn.Module.state_dict` does. Of an
-    ordinary model, its own state dict.
+    Collective: every rank of the tp axis must call it, or, where experts are dealt to more ranks, each of these; raises
+    `MissingRankError` when one does not. Tied parameters stand under each of their names, as one tensor; buffers that are not
+    persistent are left out, as `nn.Module.state_dict` does. Of an ordinary model, its own state dict.
     """
     named: dict[str, Tensor] = model.state_dict(keep_vars=True)
     state = state_of(model)
     if state is None:
         return {name: tensor.detach().cpu() for name, tensor in named.items()}
-    meet(state.mesh, "full_state_dict")
+    meet(state.ep, "full_state_dict")
     return _gather_all(state, named)
 
 
 def full_gradients(model: nn.Module) -> dict[str, Tensor] | None:
     """The gradients of the ordinary model by parameter name, as `full_state_dict` gives the parameters.
 
-    Collective: every rank of the axis must call it. A parameter that has no gradient on any rank is left out; where only some
+    Collective, as that is. A parameter that has no gradient on any rank is left out; where only some
     ranks have one (experts that got no token elsewhere), the others count as zero.
     """
     named = dict(model.named_parameters(remove_duplicate=False))
     state = state_of(model)
     if state is None:
         return {name: p.grad.detach().cpu() for name, p in named.items() if p.grad is not None}
-    meet(state.mesh, "full_gradients")
+    meet(state.ep, "full_gradients")
     has = torch.tensor([p.grad is not None for p in named.values()], dtype=torch.int32, device=local_device(state.mesh))
-    dist.all_reduce(has, group=state.mesh.get_group())
+    dist.all_reduce(has, group=state.ep.get_group())
     present = [(name, p) for (name, p), count in zip(named.items(), has.tolist(), strict=True) if count]
     return _gather_all(state, {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in present})
 
@@ -120,7 +121,7 @@ def _gather_all(state: ModelState, named: dict[str, Tensor]) -> dict[str, Tensor
     for name, tensor in named.items():
         row = rows[name]
         if row.name not in gathered:
-            whole = gather_to_first(row, tensor, state.mesh)
+            whole = gather_to_first(row, tensor, state.axis_of(row))
             gathered[row.name] = torch.empty(0) if whole is None else whole
         full[plain_name(name)] = gathered[row.name]
-    return full if state.mesh.get_local_rank() == 0 else None
+    return full if state.ep.get_local_rank() == 0 else None

@@ -11,7 +11,7 @@
 | `local_params`, `all_reduce` | `LocalParamsParallel`, `AllReduceParallel` |
 | `sequence_parallel`, `mla_kv_a_proj` | `SequenceParallel`, `MlaKvAProjParallel` |
 | `moe_tp_experts`, `moe_identity_expert`, `grouped_gemm`, `ep_router` | `MoeExpertsParallel`, ... |
-| `ep_dispatch_experts`, `ep_sorted_experts` | `EpDispatchExperts`, `EpSortedExperts` |
+| `ep_dispatch_experts`, `ep_all_to_all_experts`, `ep_sorted_experts` | `EpDispatchExperts`, ... |
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from __future__ import annotations
 from types import MappingProxyType
 
 from shardwise.layers.base import (
+    Axis,
     Cut,
     Local,
     LocalConfig,
@@ -27,10 +28,10 @@ from shardwise.layers.base import (
     is_parallel,
     original_class,
     parallel_class,
-    sum_gradient,
 )
 from shardwise.layers.embedding import EmbeddingColwise, EmbeddingRowwise
 from shardwise.layers.experts import (
+    EpAllToAllExperts,
     EpDispatchExperts,
     EpRouter,
     EpSortedExperts,
@@ -38,6 +39,7 @@ from shardwise.layers.experts import (
     MoeExpertsParallel,
     MoeIdentityExpert,
 )
+from shardwise.layers.gradients import sum_gradient
 from shardwise.layers.linear import (
     ColwiseGatherOutput,
     ColwiseParallel,
@@ -82,6 +84,7 @@ STYLES: MappingProxyType[str, type[ParallelStyle]] = MappingProxyType(
         "grouped_gemm": GroupedGemm,
         "ep_router": EpRouter,
         "ep_dispatch_experts": EpDispatchExperts,
+        "ep_all_to_all_experts": EpAllToAllExperts,
         "ep_sorted_experts": EpSortedExperts,
     }
 )
@@ -89,11 +92,13 @@ STYLES: MappingProxyType[str, type[ParallelStyle]] = MappingProxyType(
 __all__ = [
     "STYLES",
     "AllReduceParallel",
+    "Axis",
     "ColwiseGatherOutput",
     "ColwiseParallel",
     "Cut",
     "EmbeddingColwise",
     "EmbeddingRowwise",
+    "EpAllToAllExperts",
     "EpDispatchExperts",
     "EpRouter",
     "EpSortedExperts",

@@ -10,18 +10,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from shardwise.collectives import Sizes, copy_to_tp
+from shardwise.layers.gradients import mean_gradient, sum_gradient
 from shardwise.layers.region import Region
 from shardwise.layout import Block, Layout, Packed, Replicated, Shape, Sharded, Spread
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+
+Axis = Literal["tp", "ep"]
+"""On which ranks something lies: those that compute the same tokens, or those to which experts are dealt (these, or more)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,8 @@ class ShardState:
     """What a parallel module knows about itself: its axis, its parameters' layouts and full shapes, and its siblings.
 
     Args:
-        mesh: the one-dimensional tp mesh.
+        mesh: the one-dimensional mesh that the module's parameters lie on.
+        tp: the one whose ranks compute the same tokens: `mesh` itself, but for experts that are dealt to more ranks.
         layouts: layout and full shape by name, for each parameter and buffer of this module that has a row in the plan.
         transposed: the weight is kept as (in, out).
         options: what the plan says to the style besides (the rotary dims of a latent projection, ...).
@@ -95,10 +98,12 @@ class ShardState:
         restore: attributes as they were before, for the way back.
         summing: the module's forward is running: parameters read now are those whose gradient is summed.
 
-    `sizes` has the ranks' lengths along each parameter's cut dim.
+    `sizes` has the ranks' lengths along each parameter's cut dim; `batches` says how many different batches of tokens the
+    ranks of `mesh` compute.
     """
 
     mesh: DeviceMesh
+    tp: DeviceMesh
     layouts: dict[str, tuple[Layout, Shape]] = field(default_factory=dict)
     transposed: bool = False
     options: Mapping[str, int] = field(default_factory=dict)
@@ -108,6 +113,7 @@ class ShardState:
 
     def __post_init__(self) -> None:
         size = self.mesh.size()
+        self.batches = size // self.tp.size()
         self.sizes: dict[str, Sizes] = {}
         for name, (layout, shape) in self.layouts.items():
             if (cut := layout.cut(shape)) is not None:
@@ -139,6 +145,7 @@ class ParallelStyle(nn.Module):
     """
 
     prefix: ClassVar[str] = "Parallel"
+    axis: ClassVar[Axis] = "tp"
     opens_region: ClassVar[bool] = False
     closes_region: ClassVar[bool] = False
     gradient_is_partial: ClassVar[bool] = False
@@ -223,35 +230,11 @@ def _summed_parameter(name: str) -> property:
         parameter = self._parameters[name]
         if parameter is None or not self._tp.summing:
             return parameter
+        if self._tp.batches > 1:
+            return mean_gradient(parameter, self._tp.mesh, self._tp.batches)
         return sum_gradient(parameter, *self._tp.layouts[name], self._tp.mesh)
 
     return property(read)
-
-
-def sum_gradient(parameter: Tensor, layout: Layout, shape: Shape, mesh: DeviceMesh) -> Tensor:
-    """`parameter`, such that what each backward adds to its gradient is summed over the ranks that hold the same values.
-
-    The *contribution* is summed, not the accumulated `.grad`: that would add earlier micro-batches `size` times. A parameter
-    that is kept whole goes through `copy_to_tp`; of a partly replicated one (KV heads shared by ranks) the replicated pieces
-    are put at their place in a zero tensor of the full length first, so that a sum over all ranks is one over the holders.
-    Shapes: as `parameter`.
-    """
-    if not (parameter.requires_grad and torch.is_grad_enabled()):
-        return parameter
-    cut = layout.cut(shape)
-    if cut is None:
-        return copy_to_tp(parameter, mesh)
-    dim, _ = cut
-    rank, parts = mesh.get_local_rank(), []
-    for piece in layout.pieces(shape, rank, mesh.size()):
-        part = parameter.narrow(dim, piece.local.start, piece.local.stop - piece.local.start)
-        parts.append(_sum_piece(part, dim, piece.full, shape[dim], mesh) if piece.copies > 1 else part)
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
-
-
-def _sum_piece(part: Tensor, dim: int, full: slice, length: int, mesh: DeviceMesh) -> Tensor:
-    sides = (0, 0) * (part.dim() - 1 - dim) + (full.start, length - full.stop)
-    return copy_to_tp(pad(part, sides), mesh).narrow(dim, full.start, full.stop - full.start)
 
 
 def _reduce_parallel(module: nn.Module, protocol: int) -> tuple[object, ...]:

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardwise.collectives import copy_to_tp, gather_from_tp, reduce_from_tp, scatter_to_tp
+from shardwise.collectives import Sizes, copy_to_tp, even_sizes, gather_from_tp, reduce_from_tp, scatter_to_tp
 from shardwise.layers.base import Cut, Local, ParallelStyle
+from shardwise.layers.dispatch import Dispatch
 from shardwise.layers.replicated import Replicate
 from shardwise.layout import Layout, Shape
 
@@ -62,58 +63,101 @@ class GroupedGemm(ParallelStyle):
     """For the stacked weights of experts: split over the experts, which is dim 0."""
 
     prefix = "GroupedGemm"
+    axis = "ep"
 
     @classmethod
     def layout(cls, shape: Shape, cut: Cut) -> Layout:
-        return Cut(spread=cut.spread).along(0)
+        # Of three dims the first are the experts; of two, a rule says how many rows an expert has.
+        return Cut(unit=cut.unit if len(shape) == 2 else 1, spread=cut.spread).along(0)
 
 
-class EpDispatchExperts(MoeExpertsParallel):
-    """Every rank computes its own experts for all tokens, and the outputs are summed.  (X I, ids I, weights I) -> Y I.
-
-    Ids of other ranks' experts become `num_experts` (local), which transformers' experts skip, with a routing weight of zero.
-    """
+class ExpertParallel(ParallelStyle):
+    """Base of the styles of modules that hold whole experts, each rank some of them."""
 
     prefix = "ExpertParallel"
+    axis = "ep"
 
     @classmethod
     def refuses(cls, module: nn.Module) -> str | None:
-        return (
-            None
-            if hasattr(module, "num_experts")
-            else f"{type(module).__name__} does not say how many experts it has (num_experts)"
-        )
+        says = hasattr(module, "num_experts") or any(p.dim() == 3 for p in module.parameters(recurse=False))
+        return None if says else f"{type(module).__name__} does not say how many experts it has (num_experts)"
+
+    @classmethod
+    def options(cls, module: nn.Module, parent: nn.Module) -> dict[str, int]:
+        return {"experts": _number(module)}
 
     @classmethod
     def local_attributes(cls, module: nn.Module, local: Local) -> dict[str, int | None]:
-        attributes: dict[str, int | None] = {"num_experts": _stacked(module, local)}
-        return attributes | ({"_is_expert_parallel": True} if hasattr(module, "_is_expert_parallel") else {})
+        found: dict[str, int | None] = {}
+        if hasattr(module, "num_experts"):
+            found["num_experts"] = even_sizes(_number(module), local.size)[local.rank]
+        return found | ({"_is_expert_parallel": True} if hasattr(module, "_is_expert_parallel") else {})
 
-    def _local(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *args: Any, **kwargs: Any) -> Any:
-        name, sizes = next(iter(self._tp.sizes.items()))
-        ids, elsewhere = self._tp.own(top_k_index, name)
-        if getattr(self, "has_bias", False) and getattr(self.config, "_experts_implementation", "") == "eager":
-            # The loop over experts with biases (gpt-oss) has no place for ids of others: it gets the rows of its own alone.
-            tokens, slots = torch.where(~elsewhere)
-            own = super()._local(hidden_states[tokens], ids[tokens, slots, None], top_k_weights[tokens, slots, None])
-            return torch.zeros_like(hidden_states).index_add(0, tokens, own)
-        ids = ids.masked_fill(elsewhere, sizes[self._tp.mesh.get_local_rank()])
-        return super()._local(hidden_states, ids, top_k_weights.masked_fill(elsewhere, 0), *args, **kwargs)
+    def extra_repr(self) -> str:
+        return f"{self._experts[self._tp.mesh.get_local_rank()]} of {sum(self._experts)} experts, ep={self._tp.mesh.size()}"
+
+    @property
+    def _experts(self) -> Sizes:
+        """How many experts each rank holds."""
+        return even_sizes(self._tp.options["experts"], self._tp.mesh.size())
+
+    @property
+    def _dispatch(self) -> Dispatch:
+        return Dispatch(self._experts, self._tp.mesh, self._tp.tp)
+
+    def _compute(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """This rank's experts: (rows, features), (rows, k) local ids, (rows, k) weights -> (rows, features)."""
+        output: Tensor = super().forward(hidden, ids, weights)
+        return _connected(output.reshape(hidden.shape), [hidden, weights, *self.parameters()])
 
 
-class EpSortedExperts(ParallelStyle):
+class EpAllToAllExperts(ExpertParallel):
+    """Every token goes to the ranks of its experts, and the results come back.  (X I, ids I, weights I) -> Y I.
+
+    See `shardwise.layers.dispatch`. The sizes of the exchange are read on the host, so `torch.compile` breaks its graph here.
+    """
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        tokens = hidden_states.flatten(0, -2)
+        return self._dispatch(self._compute, tokens, top_k_index, top_k_weights).view_as(hidden_states)
+
+
+class EpDispatchExperts(EpAllToAllExperts):
+    """Every rank computes its own experts, in one of two ways.  (X I, ids I, weights I) -> Y I.
+
+    Where all ranks have the same tokens, each computes its experts for all of them, and the outputs are summed: one all-reduce,
+    and no size that depends on the routing. Ids of other ranks' experts become `num_experts` (local), which transformers'
+    experts skip, with a routing weight of zero. Where experts are dealt to ranks with different tokens, tokens travel.
+    """
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        mesh = self._tp.mesh
+        if self._tp.batches > 1:
+            return super().forward(hidden_states, top_k_index, top_k_weights)
+        hidden, weights = copy_to_tp(hidden_states.flatten(0, -2), mesh), copy_to_tp(top_k_weights, mesh)
+        return reduce_from_tp(self._own(hidden, top_k_index, weights), mesh).view_as(hidden_states)
+
+    def _own(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        rank = self._tp.mesh.get_local_rank()
+        ids, number = ids - sum(self._experts[:rank]), self._experts[rank]
+        elsewhere = (ids < 0) | (ids >= number)
+        if not _loops(self):
+            return self._compute(hidden, ids.masked_fill(elsewhere, number), weights.masked_fill(elsewhere, 0))
+        # Not every loop over the experts has a place for ids of others: it gets the rows of its own alone.
+        tokens, slots = torch.where(~elsewhere)
+        rows = self._compute(hidden[tokens], ids[tokens, slots, None], weights[tokens, slots, None])
+        return torch.zeros_like(hidden, dtype=rows.dtype).index_add(0, tokens, rows)
+
+
+class EpSortedExperts(ExpertParallel):
     """Experts that take all tokens for each expert, scaled by their routing weight: every rank takes the rows of its own
     experts, and the outputs are gathered.  X (experts x tokens, features) I -> Y (experts x tokens, features) I.
     """
 
-    prefix = "ExpertParallel"
-
-    @classmethod
-    def local_attributes(cls, module: nn.Module, local: Local) -> dict[str, int | None]:
-        return {"num_experts": _stacked(module, local)} if hasattr(module, "num_experts") else {}
-
     def forward(self, hidden_states: Tensor) -> Tensor:
-        mesh, experts = self._tp.mesh, next(iter(self._tp.sizes.values()))
+        if self._tp.batches > 1:
+            return self._dispatch.sorted_rows(super().forward, hidden_states)
+        mesh, experts = self._tp.mesh, self._experts
         rows = hidden_states.shape[0] // sum(experts)
         sizes = tuple(number * rows for number in experts)
         output: Tensor = super().forward(scatter_to_tp(hidden_states, mesh, 0, sizes))
@@ -126,9 +170,16 @@ class EpRouter(Replicate):
     prefix = "EpRouter"
 
 
-def _stacked(module: nn.Module, local: Local) -> int:
-    name = next(name for name, parameter in module.named_parameters(recurse=False) if parameter.dim() == 3)
-    return local.shape(name)[0]
+def _number(module: nn.Module) -> int:
+    """How many experts a module has in all."""
+    number = getattr(module, "num_experts", None)
+    return number if isinstance(number, int) else next(p.shape[0] for p in module.parameters(recurse=False) if p.dim() == 3)
+
+
+def _loops(experts: nn.Module) -> bool:
+    """Whether transformers computes `experts` in a loop of their own code, and not by one product for all."""
+    implementation = getattr(getattr(experts, "config", None), "_experts_implementation", None)
+    return not hasattr(experts, "has_bias") or implementation in (None, "eager")
 
 
 def _enter(value: Any, mesh: Any) -> Any:
@@ -138,8 +189,14 @@ def _enter(value: Any, mesh: Any) -> Any:
 def _sum(output: Any, mesh: Any, inputs: list[Any]) -> Any:
     if isinstance(output, tuple):
         return (_sum(output[0], mesh, inputs), *output[1:])
-    if not output.requires_grad and torch.is_grad_enabled():
-        # No token came here, so there is no graph: yet backward has to join the others' sums, and give the weights zeros.
-        inputs = [value for value in inputs if isinstance(value, Tensor) and value.requires_grad]
-        output = sum((value.narrow(0, 0, 0).sum() for value in inputs), output)
-    return reduce_from_tp(output, mesh)
+    return reduce_from_tp(_connected(output, inputs), mesh)
+
+
+def _connected(output: Tensor, inputs: list[Any]) -> Tensor:
+    """`output`, part of the graph of `inputs` also where no token came, so that nothing was computed from them: backward has to
+    join the others' collectives, and give the weights zeros.
+    """
+    if output.requires_grad or not torch.is_grad_enabled():
+        return output
+    inputs = [value for value in inputs if isinstance(value, Tensor) and value.requires_grad]
+    return sum((value.narrow(0, 0, 0).sum() for value in inputs), output)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from shardwise.errors import ShardwiseError, describe
 from shardwise.mesh import local_device
-from shardwise.parallelize import parallel_parts, row_of
+from shardwise.parallelize import ModelState, parallel_parts, row_of
 from shardwise.spec import ShardSpec
 
 if TYPE_CHECKING:
@@ -40,14 +40,16 @@ def clip_grad_norm_(
     parts = list(parallel_parts(model))
     if not parts:
         return torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm, norm_type, error_if_nonfinite, foreach)
-    mesh = _common_axis(model, [state.mesh for state, _ in parts])
+    state = _common_axes(model, [state for state, _ in parts])
     rows = {p: row_of(state, name, p) for state, part in parts for name, p in part.named_parameters()}
     gradients = {p: p.grad for p in model.parameters() if p.grad is not None}
     precision = torch.float64 if any(g.dtype == torch.float64 for g in gradients.values()) else torch.float32
-    counted = [torch.zeros((), dtype=precision, device=local_device(mesh))]  # on some ranks nothing counts
-    counted += [part.to(precision) for p, gradient in gradients.items() for part in _counted(rows.get(p), gradient, mesh)]
-    norms = torch.stack(torch._foreach_norm(counted, norm_type))
-    total = _total(norms, norm_type, mesh)
+    norms = []
+    for axis in (state.mesh, state.ep) if state.ep.size() > state.mesh.size() else (state.mesh,):
+        here = {p: g for p, g in gradients.items() if (state.axis_of(rows[p]) if p in rows else state.mesh) is axis}
+        counted = [part.to(precision) for p, gradient in here.items() for part in _counted(rows.get(p), gradient, axis)]
+        norms.append(_norm(counted, norm_type, axis, precision))
+    total = norms[0] if len(norms) == 1 else torch.stack(norms).norm(norm_type)
     if error_if_nonfinite and not torch.isfinite(total):
         raise RuntimeError(
             f"The total norm of order {norm_type} of the gradients is not finite, so they cannot be clipped: {total.item()}."
@@ -56,15 +58,15 @@ def clip_grad_norm_(
     return total
 
 
-def _common_axis(model: nn.Module, meshes: list[DeviceMesh]) -> DeviceMesh:
-    if any(mesh != meshes[0] for mesh in meshes):
+def _common_axes(model: nn.Module, states: list[ModelState]) -> ModelState:
+    if any((state.mesh, state.ep) != (states[0].mesh, states[0].ep) for state in states):
         raise ShardwiseError(
             describe(
                 f"{type(model).__name__} has parallel models on different axes, whose gradients have no common norm.",
                 either=["clip each by itself"],
             )
         )
-    return meshes[0]
+    return states[0]
 
 
 def _counted(row: ShardSpec | None, gradient: Tensor, mesh: DeviceMesh) -> Iterator[Tensor]:
@@ -88,7 +90,10 @@ def _counted(row: ShardSpec | None, gradient: Tensor, mesh: DeviceMesh) -> Itera
             yield gradient.narrow(cut[0], piece.local.start, piece.local.stop - piece.local.start)
 
 
-def _total(norms: Tensor, p: float, mesh: DeviceMesh) -> Tensor:
+def _norm(counted: list[Tensor], p: float, mesh: DeviceMesh, precision: torch.dtype) -> Tensor:
+    """The norm of what the ranks of `mesh` count together."""
+    none = torch.zeros((), dtype=precision, device=local_device(mesh))  # on some ranks nothing counts
+    norms = torch.stack(torch._foreach_norm([none, *counted], p))
     if math.isinf(p):
         largest = norms.max()
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=mesh.get_group())
