@@ -108,7 +108,7 @@ TINY: dict[str, dict[str, object]] = {
     "doge": {"keep_window_size": 6, "is_moe": True, "num_experts": 16},
     "emu3_text_model": {"attention_dropout": 0.0},
     "exaone_moe": DENSE_THEN_SPARSE | {"layer_types": ["sliding_attention", "full_attention"]},
-    "flint": DENSE_THEN_SPARSE | {"layer_types": ["sliding_attention", "full_attention"]},
+    "flint": {"mlp_only_layers": [0], "layer_types": ["sliding_attention", "full_attention"]},
     "gemma3n_text": {
         "layer_types": ["sliding_attention", "full_attention"],
         "intermediate_size": [96, 96],

@@ -30,6 +30,7 @@ MROPE: dict[str, object] = {
 # What a type needs besides `tiny.COMMON`; those of `tiny.TINY` are there.
 OPTIONS: dict[str, dict[str, object]] = {
     "axk2": LATENT | DENSE_THEN_SPARSE | INDEXER | {"layer_types": ["indexed_attention"] * 2, "n_group": None},
+    "beam": DENSE_THEN_SPARSE | {"n_group": 2, "topk_group": 1},
     "cohere2": SLIDING_THEN_FULL,
     "cohere2_moe": SLIDING_THEN_FULL,
     "cohere_compass_text": SLIDING_THEN_FULL | {"rope_parameters": MROPE},

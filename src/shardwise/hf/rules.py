@@ -38,17 +38,18 @@ def model_rules(model: nn.Module, size: int, expert_parallel: bool = False) -> l
     """
     if not isinstance(model, PreTrainedModel):
         return []
-    own, experts = dict(model._tp_plan or {}), _expert_plan(model) if expert_parallel else {}
-    rules = [Rule(pattern, style, "model") for pattern, style in (own | experts).items()]
+    own, experts = dict(model._tp_plan or {}), _expert_rules(model) if expert_parallel else []
+    dealt = {rule.pattern for rule in experts}
+    rules = [*(Rule(pattern, style, "model") for pattern, style in own.items() if pattern not in dealt), *experts]
     # A correction of how experts are split is none of how they are dealt.
-    ours = [rule for rule in _corrections(model, size) if rule.pattern not in experts]
+    ours = [rule for rule in _corrections(model, size) if rule.pattern not in dealt]
     found = rules + (_vocabulary(model, rules) if rules or ours else []) + ours
     return found + tower_rules(model, found)
 
 
 def has_expert_plan(model: nn.Module) -> bool:
     """Whether there are rules for expert parallelism for `model`, its own or ours."""
-    return isinstance(model, PreTrainedModel) and bool(_expert_plan(model))
+    return isinstance(model, PreTrainedModel) and bool(_expert_rules(model))
 
 
 def base_prefix(model: nn.Module) -> str:
@@ -104,10 +105,9 @@ def _corrections(model: PreTrainedModel, size: int) -> list[Rule]:
     return [rule for prefix, base in _bases(model) for rule in corrections(base.config.model_type, base, prefix, size)]
 
 
-def _expert_plan(model: PreTrainedModel) -> dict[str, str]:
-    own = dict(model._ep_plan or {})
-    ours = [dealt_experts(base.config.model_type, prefix) for prefix, base in _bases(model)]
-    return own | {pattern: style for plan in ours for pattern, style in plan.items()}
+def _expert_rules(model: PreTrainedModel) -> list[Rule]:
+    own = [Rule(pattern, style, "model") for pattern, style in (model._ep_plan or {}).items()]
+    return own + [rule for prefix, base in _bases(model) for rule in dealt_experts(base.config.model_type, base, prefix)]
 
 
 def _bases(model: PreTrainedModel) -> list[tuple[str, PreTrainedModel]]:

@@ -96,7 +96,7 @@ class ShardState:
         region: what the module shares with its siblings between a column-wise and a row-wise layer; None where there is
             nothing to share.
         restore: attributes as they were before, for the way back.
-        summing: the module's forward is running: parameters read now are those whose gradient is summed.
+        summed: while the module's forward runs, the parameters that it has read whose gradient is summed; else None.
 
     `sizes` has the ranks' lengths along each parameter's cut dim; `batches` says how many different batches of tokens the
     ranks of `mesh` compute.
@@ -109,7 +109,7 @@ class ShardState:
     options: Mapping[str, int] = field(default_factory=dict)
     region: Region | None = None
     restore: dict[str, object] = field(default_factory=dict)
-    summing: bool = False
+    summed: dict[str, Tensor] | None = None
 
     def __post_init__(self) -> None:
         size = self.mesh.size()
@@ -122,6 +122,12 @@ class ShardState:
     def enter(self, x: Tensor, training: bool) -> Tensor:
         """The input of a column-wise layer: I -> R, shared among siblings."""
         return copy_to_tp(x, self.mesh) if self.region is None else self.region.enter(x, self.mesh, training)
+
+    def sum(self, name: str, parameter: Tensor) -> Tensor:
+        """The parameter called `name`, such that its gradient is summed over the ranks that have a part of it."""
+        if self.batches > 1:
+            return mean_gradient(parameter, self.mesh, self.batches)
+        return sum_gradient(parameter, *self.layouts[name], self.mesh)
 
     def own(self, ids: Tensor, name: str) -> tuple[Tensor, Tensor]:
         """`ids` along the cut dim of parameter `name`, counted from where this rank's part starts; and which of them other
@@ -205,11 +211,12 @@ def _summing_forward(style: type[ParallelStyle], base: type[nn.Module]) -> Calla
     inner: Any = type(style.__name__, (style, base), {})
 
     def forward(self: ParallelStyle, *args: Any, **kwargs: Any) -> Any:
-        self._tp.summing = True
+        earlier = self._tp.summed
+        self._tp.summed = {} if earlier is None else earlier
         try:
             return inner.forward(self, *args, **kwargs)
         finally:
-            self._tp.summing = False
+            self._tp.summed = earlier
 
     return forward
 
@@ -228,11 +235,11 @@ def is_parallel(module: nn.Module) -> bool:
 def _summed_parameter(name: str) -> property:
     def read(self: ParallelStyle) -> Tensor | None:
         parameter = self._parameters[name]
-        if parameter is None or not self._tp.summing:
+        if parameter is None or self._tp.summed is None:
             return parameter
-        if self._tp.batches > 1:
-            return mean_gradient(parameter, self._tp.mesh, self._tp.batches)
-        return sum_gradient(parameter, *self._tp.layouts[name], self._tp.mesh)
+        if name not in self._tp.summed:  # once a forward: a loop over experts may read it many times, or never
+            self._tp.summed[name] = self._tp.sum(name, parameter)
+        return self._tp.summed[name]
 
     return property(read)
 

@@ -8,13 +8,15 @@ the router's through the routing weights. The output is a part on every rank, an
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from shardwise.collectives import Sizes, copy_to_tp, even_sizes, gather_from_tp, reduce_from_tp, scatter_to_tp
-from shardwise.layers.base import Cut, Local, ParallelStyle
+from shardwise.layers.base import Cut, Local, ParallelStyle, ShardState
 from shardwise.layers.dispatch import Dispatch
 from shardwise.layers.replicated import Replicate
 from shardwise.layout import Layout, Shape
@@ -107,8 +109,29 @@ class ExpertParallel(ParallelStyle):
 
     def _compute(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """This rank's experts: (rows, features), (rows, k) local ids, (rows, k) weights -> (rows, features)."""
-        output: Tensor = super().forward(hidden, ids, weights)
-        return _connected(output.reshape(hidden.shape), [hidden, weights, *self.parameters()])
+        if self._tp.batches > 1:
+            with self._averaged() as averaged:
+                return _joined(self._rows(hidden, ids, weights), [hidden, weights, *averaged])
+        return _connected(self._rows(hidden, ids, weights), [hidden, weights, *self.parameters()])
+
+    def _rows(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        output: Tensor = super().forward(hidden, ids, weights) if hidden.shape[0] else torch.zeros_like(hidden)
+        return output.reshape(hidden.shape)
+
+    @contextmanager
+    def _averaged(self) -> Iterator[list[Tensor]]:
+        """Where the ranks compute several batches: all parameters, such that their gradients are averaged, which all ranks
+        have to do alike, whatever tokens came. Some experts read those of a module inside.
+        """
+        modules = [module for module in self.modules() if "_tp" in module.__dict__]
+        states: list[ShardState] = [module.__dict__["_tp"] for module in modules]
+        for state in states:
+            state.summed = {}
+        try:
+            yield [getattr(module, name) for module, state in zip(modules, states, strict=True) for name in state.sizes]
+        finally:
+            for state in states:
+                state.summed = None
 
 
 class EpAllToAllExperts(ExpertParallel):
@@ -196,7 +219,12 @@ def _connected(output: Tensor, inputs: list[Any]) -> Tensor:
     """`output`, part of the graph of `inputs` also where no token came, so that nothing was computed from them: backward has to
     join the others' collectives, and give the weights zeros.
     """
-    if output.requires_grad or not torch.is_grad_enabled():
+    return output if output.requires_grad else _joined(output, inputs)
+
+
+def _joined(output: Tensor, inputs: list[Any]) -> Tensor:
+    """`output`, whose backward reaches every one of `inputs`."""
+    if not torch.is_grad_enabled():
         return output
     inputs = [value for value in inputs if isinstance(value, Tensor) and value.requires_grad]
     return sum((value.narrow(0, 0, 0).sum() for value in inputs), output)

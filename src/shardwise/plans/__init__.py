@@ -8,6 +8,7 @@ from types import MappingProxyType
 from torch import nn
 
 from shardwise.plans import apertus, completed, dbrx, decoders, diffllama, doge, gemma3n, gpt_oss, inkling, phi3, zaya
+from shardwise.plans.parts import rule
 from shardwise.spec import Rule
 
 Corrections = Callable[[nn.Module, str, int], list[Rule]]
@@ -79,13 +80,15 @@ SORTED_EXPERTS: Mapping[str, str] = MappingProxyType({"llama4_text": "layers.*.f
 """Where the experts are, relative to the base model, of types whose experts take their rows sorted by expert."""
 
 
-def dealt_experts(model_type: str, prefix: str) -> dict[str, str]:
-    """The rules for expert parallelism, by pattern, that shardwise adds to those of a model of `model_type`."""
+def dealt_experts(model_type: str, model: nn.Module, prefix: str) -> list[Rule]:
+    """The rules for expert parallelism that shardwise adds to those of a model of `model_type`; arguments as `corrections`."""
+    if model_type == "dbrx":
+        return dbrx.dealt(model, prefix)
     path = SORTED_EXPERTS.get(model_type)
     if path is None:
-        return {}
-    stacked = {f"{prefix}{path}.{child}": "grouped_gemm" for child in ("gate_up_proj", "down_proj")}
-    return stacked | {prefix + path: "ep_sorted_experts"}
+        return []
+    stacked = [rule(f"{prefix}{path}.{child}", "grouped_gemm", "experts, stacked") for child in ("gate_up_proj", "down_proj")]
+    return [*stacked, rule(prefix + path, "ep_sorted_experts", "each rank computes the rows of its own experts")]
 
 
 def corrections(model_type: str, model: nn.Module, prefix: str, size: int) -> list[Rule]:

@@ -1,0 +1,213 @@
+"""Whole experts on the ranks: on those of the tp axis, or on several replicas' together, by a sum or by tokens that travel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+
+import shardwise
+import tiny
+from figures import gradient_error, gradients
+from models import batches
+from parity.job import GRADIENTS, LOGITS
+from parity.types import OPTIONS, build, types
+from shardwise.errors import MeshError, PlanError
+from shardwise.layers import EpDispatchExperts
+from shardwise.parallelize import required_state
+from shardwise.plan import wildcard
+from shardwise.plans import SORTED_EXPERTS
+from shardwise.testing import RankError
+
+TRAVEL = "ep_all_to_all_experts"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Of one process or rank: logits of each batch, gradients and parameters (None but on the first rank), norm, tokens."""
+
+    logits: list[Tensor]
+    gradients: dict[str, Tensor] | None
+    norm: Tensor
+    clipped: dict[str, Tensor] | None
+    tokens: Tensor
+
+
+WITHOUT_EXPERTS = ("gemma4_text",)
+"""Types that have experts only where an option says so: `test_gemma4_with_experts`."""
+
+DEALT = sorted(
+    {name for name in types() if getattr(CONFIG_MAPPING[name], "base_model_ep_plan", None)} - {*WITHOUT_EXPERTS}
+    | {"dbrx", "llama4", *SORTED_EXPERTS}
+)
+
+
+def loaded(path: Path, implementation: str | None, **keywords: object) -> PreTrainedModel:
+    """The shards that `from_pretrained` loads, or, without keywords, the ordinary model; None is transformers' default."""
+    auto = shardwise.AutoModelForCausalLM if keywords else AutoModelForCausalLM
+    chosen = {} if implementation is None else {"experts_implementation": implementation}
+    return auto.from_pretrained(path, dtype=torch.float32, **chosen, **keywords).train()
+
+
+def run(model: PreTrainedModel, numbers: list[int]) -> list[Tensor]:
+    """Forward and backward of some batches, their losses divided by how many they are; gives their logits."""
+    seen = []
+    for number in numbers:
+        batch = batches()[number]
+        torch.manual_seed(0)  # for a router that draws
+        output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels)
+        (output.loss / len(numbers)).backward()
+        seen.append(output.logits.detach())
+    return seen
+
+
+def observe(model: PreTrainedModel, logits: list[Tensor]) -> Seen:
+    """What is compared, after the backward passes."""
+    found = gradients(model)
+    norm = shardwise.clip_grad_norm_(model, 1e-2)
+    clipped = gradients(model)
+    model.zero_grad()
+    prompt = batches()[0]
+    tokens = model.eval().generate(
+        prompt.input_ids, attention_mask=prompt.attention_mask, max_new_tokens=6, min_new_tokens=6, do_sample=False
+    )
+    return Seen(logits, found, norm, clipped, tokens)
+
+
+def sharded(path: Path, implementation: str | None, travel: bool) -> Seen:
+    """On the ranks of one tp axis, which have the same tokens."""
+    plan: str | dict[str, str] = "auto"
+    if travel:
+        table = shardwise.plan(loaded(path, implementation), dist.get_world_size(), ep_size=dist.get_world_size())
+        plan = {wildcard(row.name): TRAVEL for row in table.modules if row.style is EpDispatchExperts}
+        assert plan
+    model = loaded(path, implementation, tp_plan=plan, ep_size=dist.get_world_size())
+    return observe(model, run(model, [0, 1]))
+
+
+def check(seen: list[Seen], plain: Seen) -> None:
+    """What the ranks found beside one process: the first has the gradients, all have the rest."""
+    for rank in seen:
+        assert max((a - e).abs().max().item() for a, e in zip(rank.logits, plain.logits, strict=True)) < LOGITS
+        assert abs(rank.norm - plain.norm) < GRADIENTS * plain.norm
+        assert torch.equal(rank.tokens, plain.tokens)
+    assert gradient_error(seen[0].gradients, plain.gradients) < GRADIENTS
+    assert gradient_error(seen[0].clipped, plain.clipped) < GRADIENTS
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """The directory of a type's tiny checkpoint, written once."""
+    directory = tmp_path_factory.mktemp("dealt")
+
+    def path(name: str) -> Path:
+        if not (directory / name).exists():
+            build(name).save_pretrained(directory / name)
+        return directory / name
+
+    return path
+
+
+def alone(path: Path, implementation: str | None = None) -> Seen:
+    """One process, both batches."""
+    model = loaded(path, implementation)
+    return observe(model, run(model, [0, 1]))
+
+
+@pytest.mark.parametrize("name", DEALT)
+def test_dealt_to_the_tp_axis(name, pool2, checkpoint):
+    """Guards: a layout of experts, or a router, whose gradients are parts or doubled when whole experts are dealt."""
+    check(pool2.run(sharded, checkpoint(name), None, travel=False), alone(checkpoint(name)))
+
+
+@pytest.mark.parametrize("name", [name for name in DEALT if not name.startswith("llama4")])
+def test_tokens_travel(name, pool2, checkpoint):
+    """Guards: tokens that come back in another order, with another token's weight, or not at all; gradients that stay with the
+    rank that has the expert.
+    """
+    check(pool2.run(sharded, checkpoint(name), None, travel=True), alone(checkpoint(name)))
+
+
+@pytest.mark.parametrize("travel", [False, True], ids=["sum", "travel"])
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm"])
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "deepseek_v3", "nemotron_h", "zaya"])
+def test_every_implementation(name, implementation, travel, pool2, checkpoint):
+    """Guards: transformers' loops over experts, of which some have no place for an id of another rank's expert."""
+    seen = pool2.run(sharded, checkpoint(name), implementation, travel=travel)
+    check(seen, alone(checkpoint(name), implementation))
+
+
+def replicated(path: Path, tp_size: int, ep_size: int, saved: Path) -> Seen:
+    """On four ranks: each replica has batches of its own, and DDP averages what is not dealt."""
+    model = loaded(path, None, tp_plan="auto", tp_size=tp_size, ep_size=ep_size)
+    model.save_pretrained(saved)
+    mesh = required_state(model).mesh
+    replicas, here = dist.get_world_size() // tp_size, dist.get_rank() // tp_size
+    mine = [0, 1] if replicas == 1 else [here % 2]  # with four replicas two have the same batch: the mean is that of two
+    wrapped = DistributedDataParallel(model, process_group=mesh._get_root_mesh().get_group("dp"))
+    logits = run(wrapped, mine)
+    return observe(model, logits)
+
+
+LAYOUTS = [(name, 2, 4) for name in ("mixtral", "deepseek_v3", "gpt_oss", "llama4_text", "dbrx", "zaya")]
+LAYOUTS += [(name, tp_size, ep_size) for name in ("mixtral", "llama4_text", "dbrx") for tp_size, ep_size in ((1, 4), (1, 2))]
+
+
+@pytest.mark.parametrize(("name", "tp_size", "ep_size"), LAYOUTS)
+def test_dealt_to_several_replicas(name, tp_size, ep_size, pool4, checkpoint, tmp_path):
+    """Guards: experts that see one replica's tokens only; their gradients summed where others' are averaged, or averaged twice;
+    DDP making all replicas' experts the first one's; a norm that leaves out other replicas' experts; a file that lacks them.
+    """
+    path = checkpoint(name)
+    plain, seen = alone(path), pool4.run(replicated, path, tp_size, ep_size, tmp_path)
+    for rank, found in enumerate(seen):
+        batch = plain.logits[rank // tp_size % 2]
+        assert (found.logits[0] - batch).abs().max() < LOGITS
+        assert abs(found.norm - plain.norm) < GRADIENTS * plain.norm
+        assert torch.equal(found.tokens, plain.tokens)
+    assert gradient_error(seen[0].gradients, plain.gradients) < GRADIENTS
+    assert gradient_error(seen[0].clipped, plain.clipped) < GRADIENTS
+    for file in path.iterdir():
+        assert file.read_bytes() == (tmp_path / file.name).read_bytes(), file.name
+
+
+def with_experts(path: Path) -> Seen:
+    """On every rank, of the checkpoint's model with its experts dealt."""
+    return sharded(path, None, travel=False)
+
+
+def test_gemma4_with_experts(pool2, tmp_path):
+    """Guards: a type whose plan names experts that only an option gives it."""
+    options = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}
+    tiny.build("gemma4_text", **OPTIONS.get("gemma4_text", {}), **options).save_pretrained(tmp_path)
+    check(pool2.run(with_experts, tmp_path), alone(tmp_path))
+
+
+def test_sizes_that_cannot_be(pool2, checkpoint):
+    """Guards: groups of more ranks than there are, which would wait for each other; the reason is to name sizes that work."""
+    with pytest.raises(RankError) as caught:
+        pool2.run(replicated, checkpoint("mixtral"), 1, 4, Path("unused"))
+    assert isinstance(caught.value.__cause__, MeshError)
+    assert "ep_size=1, 2" in str(caught.value.__cause__)
+
+
+def test_more_ranks_than_experts():
+    """Guards: ranks without an expert, of which nothing would be known before the first backward hangs."""
+    with pytest.raises(PlanError, match="gate_up_proj"):
+        shardwise.plan(build("mixtral"), 4, ep_size=8)
+
+
+def test_the_report_counts_dealt_experts():
+    """Guards: bytes a rank that leave out that experts lie on more ranks than the rest."""
+    model = build("mixtral")
+    split, dealt = shardwise.plan(model, 2), shardwise.plan(model, 2, ep_size=4)
+    experts = sum(row.bytes for row in dealt if row.axis == "ep")
+    assert experts > 0
+    assert dealt.local_bytes(3) == split.local_bytes(1) - experts // 2 + experts // 4
+    assert "experts over 4" in str(dealt)
