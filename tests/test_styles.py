@@ -238,10 +238,51 @@ class LatentAttention(nn.Module):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_mla_kv_a_proj(size, threads):
+@pytest.mark.parametrize("style", ["mla_kv_a_proj", "mla_kv_a_proj_gather_output"])
+def test_mla_kv_a_proj(style, size, threads):
     """Guards: the rotary part's gradient, which only this rank's heads gave, left unsummed; or the latent's summed twice."""
-    plan = {"kv_a": "mla_kv_a_proj", "kv_b": "colwise", "q_proj": "colwise", "o_proj": "rowwise"}
+    plan = {"kv_a": style, "kv_b": "colwise", "q_proj": "colwise", "o_proj": "rowwise"}
     check_parity(threads, size, randomize(LatentAttention()), plan, (x(2, 3, 12),), (x(2, 3, 12),))
+
+
+class BiasedAttention(nn.Module):
+    """Attention that is handed a bias of all heads, as ALiBi's, and a mask that may have one in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = 4, 3
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(12, 12) for _ in range(3))
+        self.o_proj = nn.Linear(12, 12)
+
+    def forward(self, x: Tensor, position_bias: Tensor, attention_mask: Tensor) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (-1, 3)).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))
+        bias = position_bias if position_bias.dim() == 4 else position_bias.unflatten(0, (-1, q.shape[1]))
+        return self.o_proj(((q @ k.mT + bias + attention_mask).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+class Handing(nn.Module):
+    """Hands on a bias and a mask, by name or by place."""
+
+    def __init__(self, by_name: bool) -> None:
+        super().__init__()
+        self.attn, self.by_name = BiasedAttention(), by_name
+
+    def forward(self, x: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
+        return self.attn(x, attention_mask=mask, position_bias=bias) if self.by_name else self.attn(x, bias, mask)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    ("bias", "mask", "by_name"),
+    [((4, 1, 5), (2, 1, 5, 5), True), ((8, 1, 5), (2, 4, 5, 5), False), ((2, 4, 1, 5), (5, 5), True)],
+)
+def test_local_head_bias(bias, mask, by_name, size, threads):
+    """Guards: other heads' biases, all heads' (a shape error), a mask of one head that is cut, a bias whose gradient is a
+    part.
+    """
+    styles = {"q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwise", "o_proj": "rowwise"}
+    plan = {"attn": "local_head_bias"} | under("attn", styles)
+    check_parity(threads, size, randomize(Handing(by_name)), plan, (x(2, 5, 12), x(*bias), x(*mask)))
 
 
 def test_replicate(threads):

@@ -8,8 +8,9 @@
 | `packed_colwise`, `packed_rowwise` | `PackedColwiseParallel`, `PackedRowwiseParallel` |
 | `embedding_rowwise`, `embedding_colwise` | `EmbeddingRowwise`, `EmbeddingColwise` |
 | `replicate`, `replicated_with_grad_allreduce` | `Replicate`, `ReplicatedWithGradAllReduce` |
-| `local_params`, `all_reduce` | `LocalParamsParallel`, `AllReduceParallel` |
-| `sequence_parallel`, `mla_kv_a_proj` | `SequenceParallel`, `MlaKvAProjParallel` |
+| `local_params`, `local_head_bias`, `all_reduce` | `LocalParamsParallel`, `LocalHeadBias`, `AllReduceParallel` |
+| `sequence_parallel` | `SequenceParallel` |
+| `mla_kv_a_proj`, `mla_kv_a_proj_gather_output` | `MlaKvAProjParallel`, `MlaKvAProjGatherOutput` |
 | `moe_tp_experts`, `moe_identity_expert`, `grouped_gemm`, `ep_router` | `MoeExpertsParallel`, ... |
 | `ep_dispatch_experts`, `ep_all_to_all_experts`, `ep_sorted_experts` | `EpDispatchExperts`, ... |
 """
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
+from shardwise.layers.alibi import LocalHeadBias
 from shardwise.layers.base import (
     Axis,
     Cut,
@@ -40,6 +42,7 @@ from shardwise.layers.experts import (
     MoeIdentityExpert,
 )
 from shardwise.layers.gradients import sum_gradient
+from shardwise.layers.latent import MlaKvAProjGatherOutput, MlaKvAProjParallel
 from shardwise.layers.linear import (
     ColwiseGatherOutput,
     ColwiseParallel,
@@ -54,7 +57,6 @@ from shardwise.layers.region import Region
 from shardwise.layers.replicated import (
     AllReduceParallel,
     LocalParamsParallel,
-    MlaKvAProjParallel,
     Replicate,
     ReplicatedWithGradAllReduce,
     SequenceParallel,
@@ -78,9 +80,11 @@ STYLES: MappingProxyType[str, type[ParallelStyle]] = MappingProxyType(
         "replicated_with_grad_allreduce": ReplicatedWithGradAllReduce,
         "all_reduce": AllReduceParallel,
         "mla_kv_a_proj": MlaKvAProjParallel,
+        "mla_kv_a_proj_gather_output": MlaKvAProjGatherOutput,
         "moe_tp_experts": MoeExpertsParallel,
         "moe_identity_expert": MoeIdentityExpert,
         "local_params": LocalParamsParallel,
+        "local_head_bias": LocalHeadBias,
         "grouped_gemm": GroupedGemm,
         "ep_router": EpRouter,
         "ep_dispatch_experts": EpDispatchExperts,
@@ -105,7 +109,9 @@ __all__ = [
     "GroupedGemm",
     "Local",
     "LocalConfig",
+    "LocalHeadBias",
     "LocalParamsParallel",
+    "MlaKvAProjGatherOutput",
     "MlaKvAProjParallel",
     "MoeExpertsParallel",
     "MoeIdentityExpert",

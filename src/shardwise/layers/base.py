@@ -97,6 +97,7 @@ class ShardState:
             nothing to share.
         restore: attributes as they were before, for the way back.
         summed: while the module's forward runs, the parameters that it has read whose gradient is summed; else None.
+        without_bias: a forward of the module\'s own runs, and must not add the bias, which is added after a sum.
 
     `sizes` has the ranks' lengths along each parameter's cut dim; `batches` says how many different batches of tokens the
     ranks of `mesh` compute.
@@ -110,6 +111,7 @@ class ShardState:
     region: Region | None = None
     restore: dict[str, object] = field(default_factory=dict)
     summed: dict[str, Tensor] | None = None
+    without_bias: bool = False
 
     def __post_init__(self) -> None:
         size = self.mesh.size()

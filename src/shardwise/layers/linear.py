@@ -90,10 +90,20 @@ class RowwiseParallel(LinearStyle):
 
     @classmethod
     def refuses(cls, module: nn.Module) -> str | None:
-        own = type(module).forward is nn.Linear.forward or stores_transposed(module)
-        if not own and getattr(module, "bias", None) is not None:
+        if _adds_bias_itself(module) and not _only_weight_and_bias(module):
             return f"{type(module).__name__} has a forward of its own with a bias, which would be added by every rank"
         return super().refuses(module)
+
+    @classmethod
+    def options(cls, module: nn.Module, parent: nn.Module) -> dict[str, int]:
+        return {"own_forward": 1} if _adds_bias_itself(module) else {}
+
+    @property
+    def bias(self) -> Tensor | None:
+        """None while a forward of the module's own runs, which would add it on every rank."""
+        if "bias" not in self._parameters:
+            raise AttributeError(f"{type(self).__name__} has no bias")
+        return None if self._tp.without_bias else self._parameters["bias"]
 
     def forward(self, input: Tensor) -> Tensor:
         self._tp.leave()
@@ -101,10 +111,20 @@ class RowwiseParallel(LinearStyle):
         assert weight is not None
         if self._tp.transposed:
             partial = torch.matmul(input, weight)
+        elif self._tp.options.get("own_forward"):
+            partial = self._without_bias(input)
         else:
             partial = linear(input, weight) if bias is not None else super().forward(input)
         output = reduce_from_tp(partial, self._tp.mesh)
         return output if bias is None else output + bias
+
+    def _without_bias(self, input: Tensor) -> Tensor:
+        self._tp.without_bias = True
+        try:
+            partial: Tensor = super().forward(input)
+        finally:
+            self._tp.without_bias = False
+        return partial
 
 
 class RowwiseSplitInput(RowwiseParallel):
@@ -151,6 +171,16 @@ class PackedRowwiseParallel(RowwiseParallel):
     @classmethod
     def layout(cls, shape: Shape, cut: Cut) -> Layout:
         return Replicated() if len(shape) == 1 else _halves(shape, cut, _input_dim(shape, cut))
+
+
+def _adds_bias_itself(module: nn.Module) -> bool:
+    own = type(module).forward is not nn.Linear.forward and not stores_transposed(module)
+    return own and getattr(module, "bias", None) is not None
+
+
+def _only_weight_and_bias(module: nn.Module) -> bool:
+    # Then its forward, without the bias, is the product (Falcon's linear layers); with more it may be anything.
+    return isinstance(module, nn.Linear) and not module._modules and set(module._parameters) == {"weight", "bias"}
 
 
 def _output_dim(shape: Shape, cut: Cut) -> int:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardwise.collectives import copy_to_tp, even_sizes, gather_from_tp, reduce_from_tp, scatter_to_tp
-from shardwise.errors import PlanError, ShardwiseError, describe
+from shardwise.collectives import even_sizes, gather_from_tp, reduce_from_tp, scatter_to_tp
+from shardwise.errors import ShardwiseError, describe
 from shardwise.layers.base import ParallelStyle, original_class
 from shardwise.layers.region import drops_out, local_random_stream
 
@@ -86,38 +86,3 @@ class AllReduceParallel(Replicate):
         if isinstance(output, tuple):
             return (reduce_from_tp(output[0].clone(), self._tp.mesh), *output[1:])
         return output
-
-
-class MlaKvAProjParallel(Replicate):
-    """The latent projection of multi-head latent attention.  X (..., in) I -> (..., latent I | rotary R).
-
-    The latent part goes on to `kv_b_proj`, which sums its gradient itself; the rotary part is read by this rank's heads
-    alone, so its gradient is summed here. Option `rotary`: how many of the last features are rotary. DeepSeek-V2,
-    arXiv:2405.04434.
-    """
-
-    prefix = "MlaKvA"
-
-    @classmethod
-    def refuses(cls, module: nn.Module) -> str | None:
-        return (
-            None
-            if hasattr(module, "out_features")
-            else f"{type(module).__name__} is not a linear layer (it has no out_features)"
-        )
-
-    @classmethod
-    def options(cls, module: nn.Module, parent: nn.Module) -> dict[str, int]:
-        for holder in (parent, getattr(parent, "config", None)):
-            rotary = getattr(holder, "qk_rope_head_dim", None)
-            if isinstance(rotary, int):
-                return {"rotary": rotary}
-        kind = type(parent).__name__
-        raise PlanError(f"mla_kv_a_proj: neither {kind} nor its config says how many features are rotary (qk_rope_head_dim).")
-
-    def forward(self, input: Tensor) -> Tensor:
-        output: Tensor = super().forward(input)
-        if not (output.requires_grad and torch.is_grad_enabled()):
-            return output
-        latent, rotary = output.tensor_split([output.shape[-1] - self._tp.options["rotary"]], dim=-1)
-        return torch.cat([latent, copy_to_tp(rotary, self._tp.mesh)], dim=-1)

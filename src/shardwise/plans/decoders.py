@@ -9,10 +9,8 @@ from torch import nn
 
 from shardwise.plan import wildcard
 from shardwise.plans.fused import WITHOUT, Counted, Fused, gathered, separate_attention
-from shardwise.plans.parts import mlp, rule
+from shardwise.plans.parts import mlp, rule, whole
 from shardwise.spec import Rule
-
-_ALIBI = "its ALiBi biases are made for all heads"
 
 
 def gpt2(model: nn.Module, prefix: str, size: int) -> list[Rule]:
@@ -96,27 +94,28 @@ def persimmon(model: nn.Module, prefix: str, size: int) -> list[Rule]:
 
 def bloom(model: nn.Module, prefix: str, size: int) -> list[Rule]:
     """BLOOM: fused attention with ALiBi."""
-    attention = _gathered(model, prefix, "h.*.self_attention", ["query_key_value"], "dense", _ALIBI)
-    return [*attention, *_mlp(prefix, "h.*.mlp", "dense_h_to_4h", "dense_4h_to_h")]
+    path = "h.*.self_attention"
+    if getattr(model.config, "slow_but_exact", False) and getattr(model.config, "pretraining_tp", 1) > 1:
+        reason = "slow_but_exact: it multiplies by slices of the weights itself"
+        return [found for part in (path, "h.*.mlp") for found in whole(model, prefix, part, reason)]
+    attention = Fused(path, "query_key_value", "dense", {"num_heads": "query"}, "gather", interleaved=True, biased=True)
+    return [*attention.rules(model, prefix, size), *_mlp(prefix, "h.*.mlp", "dense_h_to_4h", "dense_4h_to_h")]
 
 
 def mpt(model: nn.Module, prefix: str, size: int) -> list[Rule]:
     """MPT: fused attention with ALiBi."""
-    attention = _gathered(model, prefix, "blocks.*.attn", ["Wqkv"], "out_proj", _ALIBI)
-    return [*attention, *_mlp(prefix, "blocks.*.ffn", "up_proj", "down_proj")]
+    attention = Fused("blocks.*.attn", "Wqkv", "out_proj", {"n_heads": "query"}, "gather", biased=True)
+    return [*attention.rules(model, prefix, size), *_mlp(prefix, "blocks.*.ffn", "up_proj", "down_proj")]
 
 
 def falcon(model: nn.Module, prefix: str, size: int) -> list[Rule]:
     """Falcon: fused attention, with one KV head (q | k | v), or groups of heads (q q k v | q q k v); optionally ALiBi."""
-    path, config = "h.*.self_attention", model.config
-    if getattr(config, "alibi", False):
-        attention = _gathered(model, prefix, path, ["query_key_value"], "dense", _ALIBI)
-    else:
-        one = getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False)
-        attributes: dict[str, Counted] = {"num_heads": "query"} if one else {"num_heads": "query", "num_kv_heads": "kv"}
-        fused = Fused(path, "query_key_value", "dense", attributes, "gather", interleaved=not one)
-        attention = fused.rules(model, prefix, size)
-    return [*attention, *_mlp(prefix, "h.*.mlp", "dense_h_to_4h", "dense_4h_to_h")]
+    config = model.config
+    one = getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False)
+    attributes: dict[str, Counted] = {"num_heads": "query"} if one else {"num_heads": "query", "num_kv_heads": "kv"}
+    alibi = bool(getattr(config, "alibi", False))
+    attention = Fused("h.*.self_attention", "query_key_value", "dense", attributes, "gather", interleaved=not one, biased=alibi)
+    return [*attention.rules(model, prefix, size), *_mlp(prefix, "h.*.mlp", "dense_h_to_4h", "dense_4h_to_h")]
 
 
 def _mlp(prefix: str, path: str, up: str, down: str) -> list[Rule]:

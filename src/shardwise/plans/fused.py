@@ -32,6 +32,7 @@ class Fused:
         otherwise: for a size that the heads can't be dealt to: an error, or the model's own plan, or attention on gathered
             q, k and v, computed whole.
         interleaved: q, k and v lie head by head (q k v | q k v), not one after the other (q q | k k | v v).
+        biased: attention is handed a position bias of all heads (ALiBi).
     """
 
     path: str
@@ -40,6 +41,7 @@ class Fused:
     attributes: Mapping[str, Counted]
     otherwise: Literal["refuse", "leave", "gather"] = "refuse"
     interleaved: bool = False
+    biased: bool = False
 
     def rules(self, model: nn.Module, prefix: str, size: int) -> list[Rule]:
         """The rules for every such module of `model` on `size` ranks."""
@@ -59,7 +61,9 @@ class Fused:
         attributes = {attribute: counted[what] for attribute, what in self.attributes.items()}
         reason = "q, k and v, each cut between its heads; attention reshapes them by these numbers"
         cut = self._cut(heads, width, size)
+        bias = "the position bias that it is handed is of all heads"
         return [
+            *([rule(name, "local_head_bias", bias)] if self.biased else []),
             Rule(f"{name}.{self.fused}", "packed_colwise", "shardwise", cut, parent_attributes=attributes, reason=reason),
             Rule(
                 f"{name}.{self.output}",
