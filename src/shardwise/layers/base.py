@@ -97,7 +97,7 @@ class ShardState:
             nothing to share.
         restore: attributes as they were before, for the way back.
         summed: while the module's forward runs, the parameters that it has read whose gradient is summed; else None.
-        without_bias: a forward of the module\'s own runs, and must not add the bias, which is added after a sum.
+        without_bias: a forward of the module's own runs, and must not add the bias, which is added after a sum.
 
     `sizes` has the ranks' lengths along each parameter's cut dim; `batches` says how many different batches of tokens the
     ranks of `mesh` compute.

@@ -6,11 +6,11 @@ from __future__ import annotations
 
 from torch import nn
 
-from shardwise.plans import phi3
-from shardwise.plans.parts import attention, latent_attention, mixer, mlp, packed_mlp, places, rule, whole
+from shardwise.plans.parts import LATENT, attention, latent_attention, mixer, mlp, packed_mlp, places, rule, whole
 from shardwise.spec import Rule
 
 SHARED = "layers.*.mlp.shared_experts"
+_ATTENTION = "layers.*.self_attn"
 _STATE_SPACE = "a state-space mixer, computed whole"
 _LINEAR = "linear attention, computed whole"
 
@@ -25,9 +25,20 @@ def latent(model: nn.Module, prefix: str, size: int) -> list[Rule]:
     return latent_attention(model, prefix)
 
 
-def compressed_queries(model: nn.Module, prefix: str, size: int) -> list[Rule]:
-    """The queries' latent, where the model's plan names all else of latent attention."""
-    return [found for found in latent_attention(model, prefix) if found.pattern.endswith(".q_a_proj")]
+def wide_latent(model: nn.Module, prefix: str, size: int) -> list[Rule]:
+    """Latent attention in a narrow model, of which the latent projections are a large part."""
+    return latent_attention(model, prefix, gathered=True)
+
+
+def wide_latent_alone(model: nn.Module, prefix: str, size: int) -> list[Rule]:
+    """The same, where the model's plan knows the rest of attention."""
+    return [found for found in wide_latent(model, prefix, size) if "_a_proj" in found.pattern]
+
+
+def latent_queries(model: nn.Module, prefix: str, size: int) -> list[Rule]:
+    """The queries' latent, where the model's plan names all else of latent attention; an indexer, where it has one."""
+    found = [rule(f"{prefix}{place}.q_a_proj", "replicate", LATENT) for place in places(model, _ATTENTION, having="q_a_proj")]
+    return [*found, *whole(model, prefix, f"{_ATTENTION}.indexer", "the indexer, which chooses tokens for all heads at once")]
 
 
 def plain_attention(model: nn.Module, prefix: str, size: int) -> list[Rule]:
@@ -41,9 +52,9 @@ def shared_experts(model: nn.Module, prefix: str, size: int) -> list[Rule]:
 
 
 def glm4_moe_lite(model: nn.Module, prefix: str, size: int) -> list[Rule]:
-    """Shared experts, and the queries of a model that does not compress them."""
-    queries = [f"{prefix}{place}.q_proj" for place in places(model, "layers.*.self_attn", having="q_proj")]
-    return [*mlp(prefix, SHARED), *(rule(query, "colwise") for query in queries)]
+    """Shared experts, and the queries, with or without a latent."""
+    queries = [f"{prefix}{place}.q_proj" for place in places(model, _ATTENTION, having="q_proj")]
+    return [*mlp(prefix, SHARED), *(rule(query, "colwise") for query in queries), *latent_queries(model, prefix, size)]
 
 
 def shared_expert(model: nn.Module, prefix: str, size: int) -> list[Rule]:
@@ -140,16 +151,12 @@ def deepseek_v4(model: nn.Module, prefix: str, size: int) -> list[Rule]:
 
 
 def qwen4(model: nn.Module, prefix: str, size: int) -> list[Rule]:
-    """Attention behind an indexer, which chooses tokens for all heads at once."""
-    return attention(model, prefix)
+    """Attention behind an indexer, which chooses tokens for all heads at once; several residual streams."""
+    reason = "from a low rank to the weights of all residual streams"
+    streams = [f"{prefix}layers.*.{part}_hyper_connection.input_mix_weight_up" for part in ("attn", "mlp")]
+    return [*attention(model, prefix), *(rule(name, "replicate", reason) for name in streams)]
 
 
 def glm(model: nn.Module, prefix: str, size: int) -> list[Rule]:
     """A fused MLP, whose activations transformers' plan gathers."""
     return packed_mlp(prefix, "layers.*.mlp")
-
-
-def phi4_multimodal(model: nn.Module, prefix: str, size: int) -> list[Rule]:
-    """The language model is Phi-3's."""
-    reason = "an encoder of images or sounds, which runs once a prompt"
-    return [*phi3.rules(model, prefix, size), *whole(model, prefix, "embed_tokens_extend", reason)]

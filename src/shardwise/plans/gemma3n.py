@@ -11,25 +11,22 @@ from shardwise.spec import Rule
 
 def rules(model: nn.Module, prefix: str, size: int) -> list[Rule]:
     """The corrections for a model whose decoder layers are `{prefix}layers.*`."""
-    small = "a low-rank or per-layer projection between whole hidden states"
-    below = [found for path in _WHOLE for found in whole(model, prefix, path, small)]
-    return [*below, *per_layer_embedding(model, prefix, size), *_sparse_mlps(model, prefix)]
+    small = "a low-rank projection between whole hidden states"
+    below = [found for path in _LOW_RANK for found in whole(model, prefix, path, small)]
+    return [*below, *gemma4(model, prefix, size), *_sparse_mlps(model, prefix)]
 
 
-_WHOLE = (
-    "altup_projections.*",
-    "altup_unembed_projections.*",
-    "per_layer_model_projection",
-    "layers.*.laurel",
-    "layers.*.altup",
-    "layers.*.per_layer_input_gate",
-    "layers.*.per_layer_projection",
-)
+_LOW_RANK = ("altup_projections.*", "altup_unembed_projections.*", "layers.*.laurel", "layers.*.altup")
+_PER_LAYER = ("per_layer_model_projection", "layers.*.per_layer_input_gate", "layers.*.per_layer_projection")
 
 
-def per_layer_embedding(model: nn.Module, prefix: str, size: int) -> list[Rule]:
-    """The embedding of the per-layer inputs, Gemma 4's too: a third of a model's bytes, which the model's plan forgets."""
-    return [rule(f"{prefix}embed_tokens_per_layer", "embedding_rowwise", "the largest matrix of the model")]
+def gemma4(model: nn.Module, prefix: str, size: int) -> list[Rule]:
+    """The per-layer inputs, Gemma 4's too, which the model's plan forgets: their embedding is a third of the model's bytes."""
+    small = "a narrow projection to the per-layer inputs or back, which would take two more collectives a layer"
+    return [
+        rule(f"{prefix}embed_tokens_per_layer", "embedding_rowwise", "the largest matrix of the model"),
+        *(found for path in _PER_LAYER for found in whole(model, prefix, path, small)),
+    ]
 
 
 def _sparse_mlps(model: nn.Module, prefix: str) -> list[Rule]:

@@ -10,6 +10,8 @@ from shardwise.plan import wildcard
 from shardwise.spec import Rule
 
 MISSING = "left whole by the model's plan"
+LATENT = "a latent that all heads read, too small to gather it in every layer"
+_GATHERED = "a latent that all heads read, large enough to gather it in every layer"
 
 
 def places(model: nn.Module, path: str, having: str = "", lacking: str = "") -> list[str]:
@@ -51,15 +53,18 @@ def attention(
     return found
 
 
-def latent_attention(model: nn.Module, prefix: str, path: str = "layers.*.self_attn", also: Sequence[str] = ()) -> list[Rule]:
+def latent_attention(
+    model: nn.Module, prefix: str, path: str = "layers.*.self_attn", also: Sequence[str] = (), gathered: bool = False
+) -> list[Rule]:
     """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): what expands the latents to heads is cut between heads.
 
-    The latent projections are small and read by all heads, so they stay whole.
+    All heads read the latents. Their projections are small, and stay whole; or `gathered`: cut, and the latents gathered, for
+    two more all-gathers in a layer's forward and two more all-reduces in its backward.
     """
-    latent = "a latent that all heads read"
+    reason = _GATHERED if gathered else LATENT
     styles = dict.fromkeys(("q_proj", "q_b_proj", "kv_b_proj", *also), ("colwise", MISSING)) | {
-        "q_a_proj": ("replicate", latent),
-        "kv_a_proj_with_mqa": ("mla_kv_a_proj", latent),
+        "q_a_proj": ("colwise_gather_output" if gathered else "replicate", reason),
+        "kv_a_proj_with_mqa": ("mla_kv_a_proj_gather_output" if gathered else "mla_kv_a_proj", reason),
         "o_proj": ("rowwise", MISSING),
     }
     return [
