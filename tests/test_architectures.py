@@ -10,13 +10,21 @@ import pytest
 import torch
 
 from parity.job import Measured, compare
-from parity.sizes import EVEN, RANKS, RealSize, real_size
+from parity.sizes import RANKS, RealSize, real_size
 from parity.suite import Suite
 from parity.table import written
 from parity.types import ELSEWHERE, types
 from shardwise.errors import PlanError
 from shardwise.testing import RankError, RankPool
 
+EVEN = 1.15
+"""On eight ranks the fullest holds at most this much times an eighth of the model's bytes, but for `UNEVEN`."""
+UNEVEN = {
+    "bamba": "state-space mixers",
+    "granitemoehybrid": "state-space mixers",
+    "gpt_neo": "a mask of 2048 x 2048 in every layer, which is a buffer",
+    "opt": "12 heads, and embedded positions in a small model",
+}
 DOCUMENT = Path(__file__).parents[1] / "docs" / "architectures.md"
 
 
@@ -50,8 +58,10 @@ def test_types():
 
 @pytest.mark.parametrize("name", types())
 def test_even_at_real_size(name):
-    """Guards: a large part of a model that every rank keeps whole, without a rule that says why."""
-    assert real_size(name).unexplained == []
+    """Guards: a part of a model that every rank keeps whole, and no rule says why; a plan that cuts less than it did."""
+    size = real_size(name)
+    assert size.unexplained == []
+    assert size.share <= EVEN or name in UNEVEN
 
 
 @pytest.mark.parametrize("name", types())
@@ -71,12 +81,14 @@ def test_real_size_names_what_is_whole():
     """Guards: shares that leave out replicas, and a check that no plan fails."""
     assert real_size("llama").share == pytest.approx(1.0, abs=0.001)
     assert real_size("llama").kept == ()
-    youtu = real_size("youtu")
-    assert EVEN < youtu.share == pytest.approx(1 + sum(kept.excess for kept in youtu.kept), abs=0.01)
-    assert "latent" in youtu.cells()[1]
+    bamba = real_size("bamba")
+    assert bamba.share == pytest.approx(1 + sum(kept.excess for kept in bamba.kept), abs=0.01)
+    assert "state-space" in bamba.cells()[1]
     assert f"tp={RANKS}" in real_size("nanochat").cells()[1]
-    silent = RealSize(youtu.share, tuple(replace(kept, reason="") for kept in youtu.kept))
-    assert silent.unexplained == [kept.name for kept in youtu.kept]
+    silent = RealSize(bamba.share, tuple(replace(kept, reason="") for kept in bamba.kept))
+    assert silent.unexplained == ["model.layers.*.mamba.out_proj"]
+    # Less than 1% each, and 8.7% together.
+    assert real_size("hrm_text").kept[0].excess > 0.08
 
 
 @pytest.fixture(scope="module")

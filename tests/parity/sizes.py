@@ -13,32 +13,42 @@ import shardwise
 from parity.types import default
 from shardwise.errors import PlanError
 from shardwise.plan import Plan, wildcard
+from shardwise.plans.parts import LATENT
 from shardwise.spec import ShardSpec
 
 RANKS = 8
-EVEN = 1.15
-"""The fullest rank may hold this much times an eighth, or the plan says what stays whole and why."""
 LARGE = 0.01
-"""A family of tensors (one of each layer) counts when what all ranks hold of it beyond one copy is this share of the model."""
+"""What is whole for one reason counts when what all ranks hold of it beyond one copy is this share of the model."""
+
+IN_WORDS = {
+    "mla_kv_a_proj": LATENT,
+    "replicated_with_grad_allreduce": "a norm that sees the local heads",
+}
+"""Why a tensor is whole to which a rule of the model's own, which has no reason, gives a style."""
+
 TOWER = "computed whole by every rank"
 """What lies outside of a wrapper's text model counts together."""
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A family of tensors of which the ranks hold more than one copy: how much more, as a share of the model, and why.
+    """Tensors of which the ranks hold more than one copy, for one reason: how much more, as a share of the model.
 
-    `reason` is empty where no rule says anything.
+    `names` has the families (one of each layer) that matter, the largest first. `reason` is empty where no rule says anything.
     """
 
-    name: str
+    names: tuple[str, ...]
     excess: float
     reason: str
+
+    def __str__(self) -> str:
+        shown = [f"`{name}`" for name in self.names[:4]] + ([f"{len(self.names) - 4} more"] if len(self.names) > 4 else [])
+        return f"{', '.join(shown)} (+{self.excess:.1%}): {self.reason or 'no rule names it'}"
 
 
 @dataclass(frozen=True)
 class RealSize:
-    """The fullest rank's bytes x 8 over the model's, and the families that make it more than 1; or why it can't be cut."""
+    """The fullest rank's bytes x 8 over the model's, and what makes it more than 1; or why it can't be cut."""
 
     share: float = 0.0
     kept: tuple[Kept, ...] = ()
@@ -47,21 +57,11 @@ class RealSize:
     @property
     def unexplained(self) -> list[str]:
         """What each rank keeps too much of without a reason."""
-        return [kept.name for kept in self.kept if not kept.reason] if self.share > EVEN else []
+        return [name for kept in self.kept if not kept.reason for name in kept.names]
 
     def cells(self) -> tuple[str, str]:
         """As the documentation shows it: the share, and what stays whole."""
-        if self.problem:
-            return "-", self.problem
-        names: dict[str, list[Kept]] = {}
-        for kept in self.kept:
-            names.setdefault(kept.reason or "no rule names it", []).append(kept)
-        said = [
-            f"{', '.join(f'`{kept.name}`' for kept in same[:4])}{f' and {len(same) - 4} more' if len(same) > 4 else ''}"
-            f" (+{sum(kept.excess for kept in same):.1%}): {reason}"
-            for reason, same in names.items()
-        ]
-        return f"{self.share:.3f}", "; ".join(said)
+        return ("-", self.problem) if self.problem else (f"{self.share:.3f}", "; ".join(map(str, self.kept)))
 
 
 @cache
@@ -76,15 +76,19 @@ def real_size(name: str, make: Callable[[str], nn.Module | PreTrainedConfig] = d
 
 
 def _kept(plan: Plan, rank: int) -> list[Kept]:
-    families: dict[tuple[str, str], float] = {}
+    reasons: dict[str, dict[str, float]] = {}
     for row in plan:
-        excess = row.local_bytes(rank, RANKS) * RANKS - row.bytes
-        reason = _reason(row)
-        part = ".".join(row.name.split(".")[:2]) if reason.endswith(TOWER) else wildcard(row.name)
-        key = part.removesuffix(".weight"), reason
-        families[key] = families.get(key, 0.0) + excess / plan.full_bytes
-    large = [Kept(name, excess, reason) for (name, reason), excess in families.items() if excess >= LARGE]
-    return sorted(large, key=lambda kept: -kept.excess)
+        families = reasons.setdefault(reason := _reason(row), {})
+        name = ".".join(row.name.split(".")[:2]) if reason.endswith(TOWER) else wildcard(row.name).removesuffix(".weight")
+        families[name] = families.get(name, 0.0) + (row.local_bytes(rank, RANKS) * RANKS - row.bytes) / plan.full_bytes
+    kept = [_kept_for(reason, families) for reason, families in reasons.items()]
+    return sorted((one for one in kept if one.excess >= LARGE), key=lambda one: -one.excess)
+
+
+def _kept_for(reason: str, families: dict[str, float]) -> Kept:
+    total = sum(families.values())
+    names = [name for name in sorted(families, key=lambda name: -families[name]) if families[name] >= 0.05 * total]
+    return Kept(tuple(names), total, reason)
 
 
 def _reason(row: ShardSpec) -> str:
@@ -94,4 +98,4 @@ def _reason(row: ShardSpec) -> str:
         return "a buffer (a mask, or a table of positions)"
     if row.rule is None:
         return ""
-    return row.rule.reason or f"{row.rule.style}, as the model's own plan has it"
+    return row.rule.reason or IN_WORDS.get(row.rule.style, f"{row.rule.style}, as the model's own plan has it")

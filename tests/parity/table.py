@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from parity.job import Outcome
-from parity.sizes import EVEN, LARGE, RANKS, RealSize, real_size
+from parity.sizes import LARGE, RANKS, RealSize, real_size
 from parity.types import ELSEWHERE, FILLED
 
 RANK_COUNTS = (2, 4)
@@ -41,8 +41,8 @@ same. The checkpoint that is saved has the bytes of the one that was loaded.
 
 *bytes*: those of the fullest rank, times the ranks, over the model's: 1 is an even split. On 2 and 4 ranks it is the tiny
 model, of which the small tensors that stay whole are a larger part; on {RANKS} ranks it is the model of the type's default
-config, planned without memory. The last column names what adds more than {LARGE:.0%} of the model to what the ranks hold
-together, how much, and why, or why the default sizes can't be split over {RANKS} ranks. Above {EVEN} all of it has a reason.
+config, planned without memory. The last column names what adds more than {LARGE:.0%} of the model, for one reason, to what
+the ranks hold together, how much, and the reason, or why the default sizes can't be split over {RANKS} ranks.
 
 """
 
