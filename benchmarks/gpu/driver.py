@@ -79,6 +79,8 @@ class Process:
         started = self._answer()
         self.result.transformers = str(started.get("transformers", ""))
         self.result.error = str(started.get("error", ""))
+        if self.result.case.site not in (None, started.get("site")) and not self.result.error:
+            self.result.error = f"transformers came from {started.get('site')}, not from {self.result.case.site}"
         for cell in self.options.cells if not self.result.error else ():
             late = time.monotonic() > until and not cell.endswith("eager")
             reply = {"error": LATE} if late else self.ask(do="prepare", cell=cell)

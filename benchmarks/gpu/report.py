@@ -40,22 +40,25 @@ def _page(results: list[Result], facts: dict[str, object]) -> list[str]:
     dtypes = list(dict.fromkeys(result.case.dtype for result in results))
     for dtype in dtypes:
         for cell in CELLS:
-            rows = [row for result in results if result.case.dtype == dtype and (row := _row(result, cell))]
+            rows = [row for result in results if result.case.dtype == dtype and (row := _row(result, cell, results))]
             if rows:
-                heads = ["backend", "tp", "transformers", "device", "host", "kernels", "idle", "launches", "memory"]
+                heads = ["backend", "tp", "transformers", "device", "x floor", "host", "kernels", "idle", "launches", "memory"]
                 lines += ["", f"### {cell}, {dtype}", "", _line(heads), _line(["---"] * len(heads)), *rows]
     return lines
 
 
-def _row(result: Result, cell: str) -> str:
+def _row(result: Result, cell: str, results: list[Result]) -> str:
     case, found = result.case, result.cells.get(cell, {})
     begin = [case.label, str(case.tp), result.transformers]
     if error := result.error or str(found.get("error", "")):
-        return _line([*begin, error.replace("|", "/"), "", "", "", "", ""])
+        return _line([*begin, error.replace("|", "/"), "", "", "", "", "", ""])
     if not found.get("samples"):
         return ""
     device = summary(found, "device")
-    figures = [_spread(device), _spread(summary(found, "host"))]
+    floors = [other for other in results if other.case.backend == "floor" and _beside(other, result)]
+    floor = next((other.cells[cell] for other in floors if other.cells.get(cell, {}).get("samples")), None)
+    times = f"{device[0] / summary(floor, 'device')[0]:.2f}" if floor is not None else ""
+    figures = [_spread(device), times, _spread(summary(found, "host"))]
     if found.get("launches"):
         kernels, busy, launches = (float(str(found[name])) for name in ("kernels", "busy", "launches"))
         figures += [f"{kernels:.2f}", f"{max(0.0, device[0] - busy):.2f}", f"{launches:.0f}", f"{_mib(found):.0f}"]
@@ -64,6 +67,10 @@ def _row(result: Result, cell: str) -> str:
     if note := found.get("not one graph"):
         begin[0] += f" (graph breaks: {str(note).replace('|', '/')[:80]})"
     return _line([*begin, *figures])
+
+
+def _beside(one: Result, other: Result) -> bool:
+    return (one.case.tp, one.case.dtype) == (other.case.tp, other.case.dtype)
 
 
 def summary(found: Reply, name: str) -> tuple[float, float, float]:

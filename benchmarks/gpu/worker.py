@@ -105,7 +105,7 @@ def main(backend: str, tp: int, dtype: str, device: str, size: Size) -> None:
         with one_rank(backend, size, tp, getattr(torch, dtype), device) as model:
             if device == "cuda":
                 torch.cuda.empty_cache()
-            answer({"transformers": transformers.__version__})
+            answer({"transformers": transformers.__version__, "site": str(Path(transformers.__file__).parents[1])})
             serve(Worker(model, size, device), sys.stdin, answer)
     except Exception as error:
         answer({"error": _first_line(error)})

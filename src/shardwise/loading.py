@@ -222,11 +222,11 @@ def read_shard(row: ShardSpec, tensor: Tensor, rank: int, size: int) -> Tensor:
     full = tuple((0, length) for length in row.shape)
     cut = row.layout.cut(row.shape)
     if cut is None:
-        local = torch.empty(row.shape, dtype=row.dtype)
+        local = torch.empty(row.shape, dtype=row.dtype, device="cpu")
         read_into(local, tensor, full)
         return local
     dim, pieces = cut[0], row.layout.pieces(row.shape, rank, size)
-    local = torch.zeros(row.local_shape(rank, size), dtype=row.dtype)
+    local = torch.zeros(row.local_shape(rank, size), dtype=row.dtype, device="cpu")
     for piece in pieces:
         box = tuple((piece.full.start, piece.full.stop) if d == dim else r for d, r in enumerate(full))
         read_into(local.narrow(dim, piece.local.start, piece.local.stop - piece.local.start), tensor, box)

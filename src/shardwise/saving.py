@@ -96,7 +96,8 @@ class ShardSource:
     def read(self, box: Box) -> Tensor:
         """The box, on the CPU of the first rank; elsewhere a stand-in of that shape that takes no memory."""
         full = gather_to_first(self.row, self.local, self.mesh, tuple(box))
-        return full if full is not None else torch.zeros((), dtype=self.dtype).expand([stop - start for start, stop in box])
+        shape = [stop - start for start, stop in box]
+        return full if full is not None else torch.zeros((), dtype=self.dtype, device="cpu").expand(shape)
 
 
 @dataclass
@@ -136,7 +137,7 @@ class _Save:
         columns = tuple((0, length) for length in entry.shape[1:])
         if entry.nbytes <= _PART_BYTES:
             return read(self.tensors[entry.name], ((0, entry.shape[0]), *columns) if entry.shape else ())
-        full = torch.empty(entry.shape if self.writer is not None else (), dtype=entry.dtype)
+        full = torch.empty(entry.shape if self.writer is not None else (), dtype=entry.dtype, device="cpu")
         step = max(1, _PART_BYTES * entry.shape[0] // entry.nbytes)
         for start in range(0, entry.shape[0], step):
             stop = min(start + step, entry.shape[0])

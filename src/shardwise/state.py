@@ -81,7 +81,7 @@ def gather_to_first(
     if cut is None:
         return _within(local, ranges).to("cpu", copy=True, memory_format=torch.contiguous_format) if rank == 0 else None
     dim, (low, high) = cut[0], ranges[cut[0]]
-    full = torch.empty([stop - start for start, stop in ranges], dtype=local.dtype) if rank == 0 else None
+    full = torch.empty([stop - start for start, stop in ranges], dtype=local.dtype, device="cpu") if rank == 0 else None
     done: set[int] = set()
     for source in range(size):
         for piece in row.layout.pieces(row.shape, source, size):
@@ -122,6 +122,6 @@ def _gather_all(state: ModelState, named: dict[str, Tensor]) -> dict[str, Tensor
         row = rows[name]
         if row.name not in gathered:
             whole = gather_to_first(row, tensor, state.axis_of(row))
-            gathered[row.name] = torch.empty(0) if whole is None else whole
+            gathered[row.name] = torch.empty(0, device="cpu") if whole is None else whole
         full[plain_name(name)] = gathered[row.name]
     return full if state.ep.get_local_rank() == 0 else None
