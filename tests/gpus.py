@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from shardwise.testing import RankPool
 
 REHEARSED = bool(os.environ.get("SHARDWISE_REHEARSE"))
-DEVICE = "cpu" if REHEARSED else "cuda"
+DEVICE = "cuda" if torch.cuda.is_available() and not REHEARSED else "cpu"
 needs_cuda = pytest.mark.skipif(REHEARSED, reason="only a GPU has it")
 
 

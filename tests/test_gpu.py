@@ -59,6 +59,7 @@ CASES: dict[str, tuple[str, dict[str, object], dict[str, object]]] = {
     "mixtral batched": ("mixtral", {"experts_implementation": "batched_mm"}, {}),
     "mixtral eager": ("mixtral", {"experts_implementation": "eager"}, {}),
     "mixtral dealt": ("mixtral", {}, {"ep_size": 2}),
+    "mixtral travelling": ("mixtral", {}, {"ep_size": 2, "tp_plan": {"layers.*.mlp.experts": "ep_all_to_all_experts"}}),
     "gpt_oss": ("gpt_oss", {}, {}),
 }
 
