@@ -110,6 +110,7 @@ def test_heads_that_divide_no_way(name):
                 "parallel residual": 1,
                 "sparse layers": 24,
                 "shared experts": 22,
+                "load-balancing loss": 24,
                 "routing weights": 25,
             },
         ),

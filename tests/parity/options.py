@@ -87,6 +87,11 @@ def more_shared_experts(fields: Fields) -> Changes:
     return more | given(48, "shared_intermediate_size", instead=0)(fields)
 
 
+def balanced(fields: Fields) -> Changes:
+    """With a loss of the routers that is not small beside the other."""
+    return dict(BALANCED) if BALANCED.keys() <= fields.keys() else {}
+
+
 def mlps(kind: str, dense: int) -> Callable[[Fields], Changes]:
     """All of one kind, "dense" or "sparse": `dense` of the two layers are dense."""
 
@@ -99,6 +104,7 @@ def mlps(kind: str, dense: int) -> Callable[[Fields], Changes]:
     return changes
 
 
+BALANCED: Changes = {"output_router_logits": True, "router_aux_loss_coef": 0.5}
 GEMMA_MOE: Changes = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}
 SHARED_KV: Changes = {"num_hidden_layers": 4, "layer_types": SLIDING_THEN_FULL * 2, "num_kv_shared_layers": 2}
 OTHER_CAP: Changes = {"final_logit_softcapping": 1.5}  # these take no None
@@ -116,7 +122,7 @@ ONE_KV_HEAD = (
             "gemma4_text": {"num_key_value_heads": 1, "attention_k_eq_v": True, "num_global_key_value_heads": 1},
         },
     ),
-    Option("biases", flipped(containing="bias"), {"falcon": {}}),  # whose linear layers add them in a forward of their own
+    Option("biases", flipped(containing="bias")),
     Option("ties", flipped("tie_word_embeddings"), {"dbrx": {}}),  # its config refuses them
     Option("q and k norms", flipped("use_qk_norm", "qk_layernorm")),
     Option("pad id of the last row", given(126, "pad_token_id"), {"xglm": {}}),  # which has fewer positions
@@ -124,6 +130,7 @@ ONE_KV_HEAD = (
     Option("parallel residual", flipped("use_parallel_residual")),
     Option("sparse layers", mlps("sparse", 0), {"gemma4_text": GEMMA_MOE}),
     Option("shared experts", more_shared_experts),
+    Option("load-balancing loss", balanced),
     Option("routing weights", flipped("norm_topk_prob"), {"doge": {}}),  # which divides in place and has no gradient then
 )
 THREE_KV_HEADS = (
@@ -163,13 +170,13 @@ def build(group: str, name: str) -> PreTrainedModel:
 
 
 def _matters(name: str, changes: Changes) -> bool:
-    """Whether another model comes out: other modules, names, shapes or ties, or other logits."""
+    """Whether another model comes out: other modules, names, shapes or ties, other logits, or another loss."""
     if _structure(name, {}) != _structure(name, changes):
         return True
     ids = torch.arange(3, 27).view(2, 12)
     with torch.no_grad():
-        first, second = (types.build(name, **options).eval()(input_ids=ids).logits for options in ({}, changes))
-    return not torch.equal(first, second)
+        first, second = (types.build(name, **options).eval()(input_ids=ids, labels=ids) for options in ({}, changes))
+    return not (torch.equal(first.logits, second.logits) and torch.equal(first.loss, second.loss))
 
 
 def _structure(name: str, options: Changes) -> tuple[str, list[tuple[str, str]]]:
