@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -24,8 +24,22 @@ def checkpoint_tensors(model: PreTrainedModel, tensors: dict[str, Tensor], origi
             del kept[target]
     seen: dict[int, str] = {}
     unique = {name: tensor for name, tensor in kept.items() if seen.setdefault(id(tensor), name) == name}
-    reverted: dict[str, Tensor] = revert_weight_conversion(model, unique) if original_format else unique
+    reverted: dict[str, Tensor] = revert_weight_conversion(_AtFullShapes(model, tensors), unique) if original_format else unique
     return reverted
+
+
+class _AtFullShapes:
+    """What conversions ask a model for, whose own parameters are shards: some look at shapes to see what there is to do."""
+
+    def __init__(self, model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
+        self._model, self._tensors = model, tensors
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._model, name)
+
+    def get_parameter(self, name: str) -> Tensor:
+        """The full tensor (which may be lazy)."""
+        return self._tensors[name]
 
 
 def description_files(model: PreTrainedModel) -> Iterator[tuple[str, bytes]]:
