@@ -6,8 +6,7 @@ from collections.abc import Mapping
 
 from parity.sizes import RANKS, RealSize, real_size
 from parity.table import RANK_COUNTS, Result, Results, cells
-from parity.towers import WRAPPERS
-from parity.wrappers import at_default_size
+from parity.wrappers import WRAPPERS, at_default_size, filled
 
 TITLE = "Wrappers"
 COLUMNS = (
@@ -46,6 +45,6 @@ def wrapper_cells(name: str, results: Mapping[int, Result]) -> tuple[str, ...]:
 def render_wrappers(results: Results) -> str:
     """What follows the first table."""
     rows = [COLUMNS, ["---"] * len(COLUMNS), *(wrapper_cells(name, result) for name, result in results.items())]
-    filled = ", ".join(f"`{name}`" for name in results if WRAPPERS[name].filled)
+    open_fields = ", ".join(f"`{name}`" for name in results if filled(name))
     table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
-    return f"\n## {TITLE}\n\n{_HEAD}{table}" + (f"\nSizes filled in, as above: {filled}.\n" if filled else "")
+    return f"\n## {TITLE}\n\n{_HEAD}{table}" + f"\nSizes filled in, as above: {open_fields}.\n"

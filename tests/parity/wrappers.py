@@ -1,7 +1,7 @@
 """Vision-language and audio models around a text model that has a plan, each tiny and with an image or a sound to read.
 
-`tests/parity/towers.py` has the table. What is here makes a model of a line of it, and the two micro-batches: one with
-placeholders for the features of the tower, one of text alone, padded on the left.
+`images.py`, `grids.py` and `sounds.py` have the tables. What is here makes a model of a line of it, and the two micro-batches:
+one with placeholders for the features of the tower, one of text alone, padded on the left.
 """
 
 from __future__ import annotations
@@ -15,9 +15,13 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 import tiny
 from parity import types
+from parity.grids import GRIDS
+from parity.images import IMAGES
 from parity.job import Subject
-from parity.towers import WRAPPERS, Wrapper
+from parity.sounds import SOUNDS
+from parity.towers import Wrapper
 
+WRAPPERS: dict[str, Wrapper] = {**IMAGES, **GRIDS, **SOUNDS}
 IMAGE, VIDEO, AUDIO, START, END = 5, 6, 7, 8, 9
 """Ids of the placeholders; text is drawn from those above."""
 IDS: dict[str, int] = {
@@ -76,28 +80,35 @@ def build(name: str) -> PreTrainedModel:
 
 def at_default_size(name: str) -> PreTrainedModel:
     """The model of the type's default config, its open fields filled, on meta."""
+    auto = getattr(transformers, WRAPPERS[name].auto)
     with torch.device("meta"):
-        model: PreTrainedModel = getattr(transformers, WRAPPERS[name].auto).from_config(
-            AutoConfig.for_model(name, **WRAPPERS[name].filled)
-        )
+        model: PreTrainedModel = auto.from_config(AutoConfig.for_model(name, **filled(name)))
     return model
+
+
+def filled(name: str) -> dict[str, object]:
+    """What the default config of a wrapper, or of its text model, leaves open: the sizes that are filled in."""
+    wrapper = WRAPPERS[name]
+    text = types.FILLED.get(wrapper.text)
+    return {**({"text_config": {"model_type": wrapper.text, **text}} if text else {}), **wrapper.filled}
 
 
 @cache
 def subject(name: str) -> Subject:
     """How a wrapper is loaded and called."""
     wrapper = WRAPPERS[name]
-    return Subject(wrapper.auto, (_with_features(wrapper), _text_alone()))
+    second = _text_alone() if wrapper.reads_text else _with_features(wrapper, seed=8)
+    return Subject(wrapper.auto, (_with_features(wrapper), second))
 
 
 def _text(wrapper: Wrapper) -> dict[str, object]:
     return types.OPTIONS.get(wrapper.text, {}) | dict(wrapper.text_options)
 
 
-def _with_features(wrapper: Wrapper) -> dict[str, Tensor]:
-    draw = torch.Generator().manual_seed(7)
+def _with_features(wrapper: Wrapper, seed: int = 7) -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(seed)
     ids = torch.randint(10, 127, (2, 9), generator=draw)
-    placed = torch.tensor(wrapper.placeholders).expand(2, -1)
+    placed = torch.tensor(wrapper.placeholders, dtype=torch.long).expand(2, -1)
     ids = torch.cat([ids[:, :3], placed, ids[:, 3:]], dim=1)
     labels = torch.where(ids < 10, -100, ids)
     feed = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}

@@ -150,6 +150,12 @@ def deepseek_v4(model: nn.Module, prefix: str, size: int) -> list[Rule]:
     return [*mlp(prefix, SHARED), *mixer(model, prefix, "layers.*.self_attn", reason, ["q_b_proj", "o_b_proj"])]
 
 
+def mistral_large4(model: nn.Module, prefix: str, size: int) -> list[Rule]:
+    """Latent attention behind an indexer, with a learnt scale for each head."""
+    reason = "latent attention behind an indexer, computed whole"
+    return mixer(model, prefix, "layers.*.self_attn", reason, ["q_proj", "kv_b_proj", "o_proj"])
+
+
 def qwen4(model: nn.Module, prefix: str, size: int) -> list[Rule]:
     """Attention behind an indexer, which chooses tokens for all heads at once; several residual streams."""
     reason = "from a low rank to the weights of all residual streams"

@@ -29,6 +29,13 @@ def gemma4(model: nn.Module, prefix: str, size: int) -> list[Rule]:
     ]
 
 
+def gemma4_vision(model: nn.Module, prefix: str, size: int) -> list[Rule]:
+    """Attention of the vision tower: the plan names what is inside of each projection, and cuts it anywhere in a head."""
+    path, reason = f"{prefix}encoder.layers.*.self_attn", "attention of the vision tower, computed whole by every rank"
+    children = [*(f"{child}_proj.linear" for child in "qkvo"), "q_norm", "k_norm"]
+    return [rule(f"{path}.{child}", "replicate", reason) for child in children]
+
+
 def _sparse_mlps(model: nn.Module, prefix: str) -> list[Rule]:
     reason = "activation sparsity takes the mean and the deviation over the full width"
     mlps = [(name, module) for name, module in model.named_modules() if wildcard(name) == "layers.*.mlp"]
