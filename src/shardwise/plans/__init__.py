@@ -91,7 +91,7 @@ CORRECTIONS: Mapping[str, Corrections] = MappingProxyType(
         "qwen4_exp_text": completed.qwen4,
         "solar_open": completed.shared_experts,
         "stablelm": decoders.stablelm,
-        "step3p5": completed.shared_experts,
+        "step3p5": completed.step3p5,
         "xglm": decoders.xglm,
         "youtu": completed.wide_latent,
         "zaya": zaya.rules,

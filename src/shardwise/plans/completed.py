@@ -156,6 +156,11 @@ def mistral_large4(model: nn.Module, prefix: str, size: int) -> list[Rule]:
     return mixer(model, prefix, "layers.*.self_attn", reason, ["q_proj", "kv_b_proj", "o_proj"])
 
 
+def step3p5(model: nn.Module, prefix: str, size: int) -> list[Rule]:
+    """Dense MLPs and shared experts."""
+    return [*mlp(prefix, "layers.*.mlp"), *mlp(prefix, SHARED)]
+
+
 def qwen4(model: nn.Module, prefix: str, size: int) -> list[Rule]:
     """Attention behind an indexer, which chooses tokens for all heads at once; several residual streams."""
     reason = "from a low rank to the weights of all residual streams"
