@@ -66,7 +66,8 @@ def test_three_kv_heads_and_more(name, suites, pool2):
     assert outcome.wrong == ()
 
 
-@pytest.mark.parametrize("name", sorted(WHOLE))
+# One for each way in which heads are gathered: the other types of `WHOLE` have the rules of one of these.
+@pytest.mark.parametrize("name", ["doge", "inkling_text", "minimax_m2", "olmo2", "olmo_hybrid", "phi3", "zaya"])
 def test_heads_computed_whole_need_not_divide(name, suites, pool4):
     """Guards: gathered q, k and v that are cut within a head, where 6 heads are on 4 ranks, and come back in another order."""
     outcome = suites[THREE].outcome(name, pool4)
