@@ -144,9 +144,10 @@ class ReduceFromTP(torch.autograd.Function):
         # Unmarked, an in-place sum silently corrupts what the operation before saved for its backward (exp saves its output).
         if not torch.compiler.is_dynamo_compiling() and x.is_contiguous() and not x.is_leaf and not x._is_view():
             ctx.mark_dirty(x)
-        else:
-            x = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(x, group=mesh.get_group())
+            dist.all_reduce(x, group=mesh.get_group())
+            return x
+        x = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(_written(x), group=mesh.get_group())
         return x
 
     @staticmethod
@@ -248,12 +249,21 @@ def _reduce_scatter(x: Tensor, mesh: DeviceMesh, dim: int, sizes: Sizes) -> Tens
         parts = [pad(part, (*fill, 0, longest - part.shape[dim])) for part in parts]
     stacked = torch.cat(parts, 0) if dim else torch.cat(parts, 0).contiguous()
     mine = x.new_empty(parts[0].shape)
-    reduce_scatter_into(mine, stacked, group=mesh.get_group())
+    reduce_scatter_into(_written(mine), stacked, group=mesh.get_group())
     length = sizes[mesh.get_local_rank()]
     return mine if length == longest else mine.narrow(dim, 0, length).clone(memory_format=torch.contiguous_format)
 
 
 def _exchange(x: Tensor, mesh: DeviceMesh, receive: Sizes, send: Sizes) -> Tensor:
     out = x.new_empty(sum(receive), *x.shape[1:])
-    dist.all_to_all_single(out, x.contiguous(), list(receive), list(send), group=mesh.get_group())
+    dist.all_to_all_single(_written(out), x.contiguous(), list(receive), list(send), group=mesh.get_group())
     return out
+
+
+def _written(x: Tensor) -> Tensor:
+    """`x` to be written to, inside a Function that returns it.
+
+    Traced by torch 2.11, a Function that writes to the very tensor that it returns loses the gradient of that, silently
+    (pytorch/pytorch#180642); through a view it does not.
+    """
+    return x.view_as(x)
