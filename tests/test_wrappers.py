@@ -19,7 +19,7 @@ from parity import wrappers
 from parity.suite import Suite
 from parity.table import written
 from parity.types import types
-from parity.wrapper_table import TITLE, size_of
+from parity.wrapper_table import ELSEWHERE, TITLE, size_of
 from parity.wrappers import WRAPPERS
 from shardwise.errors import PlanError
 from shardwise.hf import build_on_meta, model_rules
@@ -62,8 +62,9 @@ def test_document(name, document):
 
 
 def test_document_has_no_other_wrappers(document):
-    """Guards: a type that is gone, or twice there."""
+    """Guards: a type that is gone, or twice there, or said not to be there."""
     assert list(document) == list(wrappers.names())
+    assert not ELSEWHERE.keys() & document.keys()
 
 
 @pytest.mark.parametrize("name", wrappers.names())
@@ -159,6 +160,13 @@ def test_a_rule_of_the_users_for_the_tower_holds(llava):
     assert plan["model.vision_tower.encoder.layers.0.mlp.fc1.weight"].sharded
     assert plan["model.vision_tower.encoder.layers.1.mlp.fc2.weight"].sharded
     assert not plan["model.vision_tower.encoder.layers.0.self_attn.q_proj.weight"].sharded
+
+
+def test_a_rule_of_the_users_for_the_text_model(llava):
+    """Guards: patterns as the text model's own plan has them, which a wrapper has one level further down."""
+    plan = shardwise.plan(llava, 2, {f"layers.*.mlp.{child}_proj": "replicate" for child in ("gate", "up", "down")})
+    assert not plan["model.language_model.layers.1.mlp.up_proj.weight"].sharded
+    assert plan["model.language_model.layers.1.self_attn.q_proj.weight"].sharded
 
 
 @pytest.mark.parametrize(("name", "kind"), [("llava", "LlavaForConditionalGeneration"), ("llama", "LlamaForCausalLM")])

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 from shardwise.coverage import check_coverage
 from shardwise.errors import PlanError, describe
 from shardwise.generation import same_random_state
-from shardwise.hf import base_prefix, build_on_meta, check_head, has_expert_plan, model_rules
+from shardwise.hf import base_prefixes, build_on_meta, check_head, has_expert_plan, model_rules
 from shardwise.layers.registry import style_named
 from shardwise.mesh import expert_axis, local_device, tp_mesh
 from shardwise.model import ShardedModel
@@ -151,10 +151,9 @@ def _user_rules(model: nn.Module, plan: str | Mapping[str, str]) -> list[Rule]:
             )
         )
     names = {name for name, _ in (*model.named_modules(), *model.named_parameters())}
-    prefix = base_prefix(model)
+    prefixes = ["", *base_prefixes(model)]
     rules = []
     for pattern, style in plan.items():
-        rule = Rule(pattern, style, "user")
-        relative = Rule(prefix + pattern, style, "user")
-        rules.append(relative if not any(map(rule.matches, names)) and any(map(relative.matches, names)) else rule)
+        meant = [Rule(prefix + pattern, style, "user") for prefix in prefixes]
+        rules.append(next((rule for rule in meant if any(map(rule.matches, names))), meant[0]))
     return rules

@@ -11,12 +11,12 @@
 
 from shardwise.hf.auto import attach_generation_config, refuse_quantized, resolve_model_class
 from shardwise.hf.load import load_lazily
-from shardwise.hf.rules import base_prefix, build_on_meta, check_head, has_expert_plan, model_rules
+from shardwise.hf.rules import base_prefixes, build_on_meta, check_head, has_expert_plan, model_rules
 from shardwise.hf.saving import checkpoint_tensors, description_files
 
 __all__ = [
     "attach_generation_config",
-    "base_prefix",
+    "base_prefixes",
     "build_on_meta",
     "check_head",
     "checkpoint_tensors",

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from shardwise.errors import PlanError, describe
-from shardwise.hf.towers import around_text, end_of, token_embedding, tower_rules
+from shardwise.hf.towers import around_text, end_of, text_prefix, token_embedding, tower_rules
 from shardwise.layers import ColwiseGatherOutput, ColwiseParallel
 from shardwise.plan import Plan
 from shardwise.plans import corrections, dealt_experts
@@ -52,12 +52,15 @@ def has_expert_plan(model: nn.Module) -> bool:
     return isinstance(model, PreTrainedModel) and bool(_expert_rules(model))
 
 
-def base_prefix(model: nn.Module) -> str:
-    """The path of the base model inside `model` ("model." of a LlamaForCausalLM), to which a config's patterns are relative."""
+def base_prefixes(model: nn.Module) -> list[str]:
+    """The paths inside `model` to which a config's patterns are relative: that of the base model ("model." of a
+    LlamaForCausalLM), and that of a wrapper's text model ("model.language_model." of a LlavaForConditionalGeneration).
+    """
     if not isinstance(model, PreTrainedModel):
-        return ""
-    base = model.base_model
-    return "" if base is model else f"{model.base_model_prefix}."
+        return []
+    base = [f"{model.base_model_prefix}."] if model.base_model is not model else []
+    text = text_prefix(model)
+    return base + ([text] if text is not None and text not in base else [])
 
 
 def check_head(model: nn.Module, plan: Plan) -> None:
