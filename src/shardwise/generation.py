@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.distributed as dist
+
+from shardwise.mesh import local_device
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -15,8 +18,9 @@ def same_random_state(mesh: DeviceMesh) -> None:
     """Give every rank the first rank's random state, so that sampling draws the same tokens, those that one process would.
     Collective.
 
-    On GPUs both the CPU's and the device's generator are set.
+    The states are torch's, on GPUs also that of the device, and numpy's, from which speech models draw what they mask.
     """
+    _same_numpy_state(mesh)
     state = torch.get_rng_state()
     if mesh.device_type == "cpu":
         dist.broadcast(state, group=mesh.get_group(), group_src=0)
@@ -28,3 +32,15 @@ def same_random_state(mesh: DeviceMesh) -> None:
         state = read().to(torch.device(mesh.device_type, device))
         dist.broadcast(state, group=mesh.get_group(), group_src=0)
         write(state.cpu())
+
+
+def _same_numpy_state(mesh: DeviceMesh) -> None:
+    state = np.random.get_state(legacy=False)
+    generator = state["state"]
+    bits = np.float64(state["gauss"]).view(np.int64)
+    numbers = torch.tensor([*generator["key"].tolist(), generator["pos"], state["has_gauss"], int(bits)])
+    numbers = numbers.to(local_device(mesh))
+    dist.broadcast(numbers, group=mesh.get_group(), group_src=0)
+    *key, position, has_gauss, gauss = numbers.tolist()
+    first = {"key": np.array(key, dtype=np.uint32), "pos": position}
+    np.random.set_state({**state, "state": first, "has_gauss": has_gauss, "gauss": float(np.int64(gauss).view(np.float64))})
