@@ -20,6 +20,11 @@ REHEARSED = bool(os.environ.get("SHARDWISE_REHEARSE"))
 DEVICE = "cuda" if torch.cuda.is_available() and not REHEARSED else "cpu"
 needs_cuda = pytest.mark.skipif(REHEARSED, reason="only a GPU has it")
 
+compiles = pytest.mark.skipif(
+    not REHEARSED and torch.cuda.device_count() < 2,
+    reason="two ranks share a GPU, and gloo ends the process when compiled code gives it CUDA tensors (torch 2.11)",
+)
+
 
 @contextmanager
 def pool(size: int, backend: str | None = "") -> Iterator[RankPool]:

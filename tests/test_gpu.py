@@ -31,7 +31,7 @@ from figures import (
     measure_rounded_sharded,
     measure_sharded,
 )
-from gpus import DEVICE, axis, needs_cuda, pool
+from gpus import DEVICE, axis, compiles, needs_cuda, pool
 from llamas import IDS, llama
 from models import batches
 from shardwise.errors import MismatchError, MissingRankError
@@ -189,6 +189,7 @@ def test_static_cache(name, ranks, one, tmp_path_factory):
         assert torch.equal(tokens, expected)
 
 
+@compiles
 @pytest.mark.parametrize(("name", "backend"), [("llama", "inductor"), ("qwen3", "aot_eager"), ("mixtral", "aot_eager")])
 def test_compiled_model_trains_and_evaluates_as_in_eager_mode(name, backend, ranks, tmp_path_factory):
     """Guards: what `test_compile` guards, in the code that inductor makes for a GPU."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.testing import assert_close
 
-from gpus import DEVICE, REHEARSED, axis, captures, needs_cuda, pool
+from gpus import DEVICE, REHEARSED, axis, captures, compiles, needs_cuda, pool
 from shardwise.collectives import (
     all_to_all,
     copy_to_tp,
@@ -123,6 +123,7 @@ def compiled() -> list[tuple[Tensor, Tensor]]:
     return list(zip(eager, forward_and_backward(torch.compile(chain, fullgraph=True), x, mesh), strict=True))
 
 
+@pytest.mark.parametrize("some", ["one", pytest.param("ranks", marks=compiles)], indirect=True)
 def test_compiled_collectives(some):
     """Guards: a graph break, or a collective that inductor drops or does in place where its input is still needed."""
     for pairs in some.run(compiled):
