@@ -88,7 +88,7 @@ def _start_process_group() -> None:
     if shared and rank == 0:
         logging.getLogger(__name__).warning(
             "Ranks %s share a GPU, which nccl refuses: gloo is used, and every collective goes through the CPU, slowly. "
-            "For speed, and for torch.compile, whose collectives gloo does not survive, start no more ranks than there are GPUs.",
+            "For speed, and for torch.compile, whose collectives end the process there, start no more ranks than GPUs.",
             " and ".join(map(str, shared)),
         )
     dist.init_process_group("gloo" if shared else "cpu:gloo,cuda:nccl", store=store, rank=rank, world_size=size)
