@@ -1,4 +1,4 @@
-"""Which backend the default process group gets, on a machine with GPUs: played on the CPU."""
+"""The process groups: which backend the default one gets on a machine with GPUs, played on the CPU; and that it is the only one."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import shardwise
+from llamas import llama
 from shardwise import mesh
 from shardwise.testing import RankPool
 
@@ -59,3 +61,19 @@ def test_ranks_that_each_see_one_gpu_of_their_own_get_nccl(unstarted):
     """Guards: the slow way taken because a rank sees fewer GPUs than there are ranks, where the launcher hid the others."""
     for backend, device, said in unstarted.run(_started, {"0": "GPU-a", "1": "GPU-b"}, fresh=True):
         assert (backend, device, said) == ("cpu:gloo,cuda:nccl", 0, [])
+
+
+def _new_groups() -> int:
+    """How many process groups there are more after a model was made parallel, twice."""
+    mesh.tp_mesh()
+    before = len(dist.distributed_c10d._world.pg_map)
+    for _ in range(2):
+        shardwise.parallelize(llama())
+    return len(dist.distributed_c10d._world.pg_map) - before
+
+
+def test_models_on_all_ranks_share_the_default_group(pool2):
+    """Guards: groups for each model that is loaded, whose gloo threads poll as long as the process lives (a test run with
+    thousands of them took half its time for that), and which on GPUs each keep device memory.
+    """
+    assert pool2.run(_new_groups) == [0, 0]

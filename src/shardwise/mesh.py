@@ -55,7 +55,16 @@ def tp_mesh(tp_size: int | None = None, device_mesh: DeviceMesh | None = None) -
             describe(f"{world} processes cannot form tensor-parallel groups of {size}.", either=[fix + ", or", "start more"])
         )
     meet_ranks(range(world), "the start of a tensor-parallel mesh", START_TIMEOUT)
+    if size == world:
+        return _everyone(device_type(), TP_AXIS)
     return init_device_mesh(device_type(), (world // size, size), mesh_dim_names=("dp", TP_AXIS))[TP_AXIS]
+
+
+def _everyone(kind: str, name: str) -> DeviceMesh:
+    """All processes, as one axis on the group that is there: each new one costs threads that poll (gloo) or device memory."""
+    group = dist.group.WORLD
+    assert group is not None
+    return DeviceMesh.from_group(group, kind, mesh_dim_names=(name,))
 
 
 def device_type() -> str:
@@ -168,6 +177,8 @@ def expert_axis(mesh: DeviceMesh, ep_size: int | None) -> DeviceMesh:
                 either=[f"ep_size={', '.join(sizes)}, or", "start more processes"],
             )
         )
+    if ep_size == len(ranks) and ranks.tolist() == list(range(dist.get_world_size())):
+        return _everyone(mesh.device_type, "ep")
     groups = DeviceMesh(mesh.device_type, ranks.view(-1, ep_size), mesh_dim_names=("replica", "ep"))
     return groups["ep"]
 
