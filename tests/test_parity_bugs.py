@@ -44,7 +44,7 @@ def bias_on_every_rank() -> contextlib.AbstractContextManager[object]:
 
 def no_gradient_sum() -> contextlib.AbstractContextManager[object]:
     """Whole parameters with partial gradients, left at that."""
-    return patch.object(assignment, "_sums", lambda row, size: False)
+    return patch.object(assignment, "sums_gradient", lambda row, size, ep_size: False)
 
 
 @contextlib.contextmanager
@@ -52,10 +52,10 @@ def sum_of_accumulated_gradients() -> Iterator[None]:
     """The sum made over `.grad` after each backward, and so over what earlier ones left there."""
     assign = assignment._parallelize_module
 
-    def hooked(module, row, plan, mesh, region):
-        assign(module, row, plan, mesh, region)
+    def hooked(module, row, state, region):
+        assign(module, row, state, region)
         for name, parameter in module.named_parameters(recurse=False):
-            if plan[f"{row.name}.{name}"].partial:
+            if state.plan[f"{row.name}.{name}"].partial:
                 parameter.register_post_accumulate_grad_hook(lambda p: dist.all_reduce(p.grad))
 
     with no_gradient_sum(), patch.object(assignment, "_parallelize_module", hooked):
