@@ -177,6 +177,23 @@ def test_dealt_to_several_replicas(name, tp_size, ep_size, pool4, checkpoint, tm
         assert file.read_bytes() == (tmp_path / file.name).read_bytes(), file.name
 
 
+def drawn(path: Path, ep_size: int) -> Tensor:
+    """On a rank: as many tokens as the number of its replica says, and the last replica many."""
+    model = loaded(path, None, **({"tp_plan": "auto", "tp_size": 1, "ep_size": ep_size} if ep_size else {})).eval()
+    here = dist.get_rank() if ep_size else int(path.name)
+    prompt = batches()[here].input_ids[:1, : 4 + here]
+    return model.generate(prompt, max_new_tokens=3 + 4 * here, min_new_tokens=3 + 4 * here, do_sample=False)
+
+
+def test_replicas_that_generate_different_numbers_of_tokens(pool2, tmp_path):
+    """Guards: a replica that is done and leaves, while the others wait for its experts."""
+    for here in (0, 1):
+        build("mixtral").save_pretrained(tmp_path / str(here))
+    seen = pool2.run(drawn, tmp_path / "0", 2, timeout=60)
+    for here in (0, 1):
+        assert torch.equal(seen[here], drawn(tmp_path / str(here), 0))
+
+
 def with_experts(path: Path) -> Seen:
     """On every rank, of the checkpoint's model with its experts dealt."""
     return sharded(path, None, travel=False)

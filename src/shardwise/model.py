@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from shardwise.errors import ShardwiseError, describe
 from shardwise.generation import same_random_state
 from shardwise.layers import ParallelStyle
+from shardwise.parallelize import required_state
 from shardwise.saving import save_pretrained
 
 
@@ -53,8 +54,15 @@ class ShardedModel(ParallelStyle):
         )
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers' `generate`; the ranks sample with the first rank's random state. Collective."""
+        """As transformers' `generate`; the ranks sample with the first rank's random state. Collective.
+
+        Where experts are dealt to several replicas, all ranks go on until the last replica has its tokens (`synced_gpus`): the
+        others' experts are needed for each.
+        """
         same_random_state(self._tp.mesh)
+        state = required_state(self)
+        if state.ep.size() > state.mesh.size():
+            kwargs.setdefault("synced_gpus", True)
         return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
