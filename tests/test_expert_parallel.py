@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
@@ -18,7 +18,7 @@ from figures import gradient_error, gradients
 from models import batches
 from parity.job import GRADIENTS, LOGITS
 from parity.types import OPTIONS, build, types
-from shardwise.errors import MeshError, PlanError
+from shardwise.errors import MeshError, PlanError, ShardwiseError
 from shardwise.layers import EpDispatchExperts
 from shardwise.parallelize import required_state
 from shardwise.plan import wildcard
@@ -216,7 +216,7 @@ def test_sizes_that_cannot_be(pool2, checkpoint):
 
 def test_more_ranks_than_experts():
     """Guards: ranks without an expert, of which nothing would be known before the first backward hangs."""
-    with pytest.raises(PlanError, match="gate_up_proj"):
+    with pytest.raises(PlanError, match=r"gate_up_proj[^$]*a smaller ep_size of at most 4"):
         shardwise.plan(build("mixtral"), 4, ep_size=8)
 
 
@@ -228,3 +228,89 @@ def test_the_report_counts_dealt_experts():
     assert experts > 0
     assert dealt.local_bytes(3) == split.local_bytes(1) - experts // 2 + experts // 4
     assert "experts over 4" in str(dealt)
+
+
+class Around(nn.Module):
+    """A module around a parallel model, as a reward model is."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.inner = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.inner(ids).logits
+
+
+def wrapped(path: Path, how: str) -> Tensor:
+    """On two ranks: the logits of a model in DDP."""
+    model = loaded(path, None, tp_plan="auto", tp_size=1, ep_size=2)
+    group = required_state(model).mesh._get_root_mesh().get_group("dp")
+    inner = {"around": Around, "compiled": lambda m: torch.compile(m, backend="eager")}[how](model)
+    ddp = DistributedDataParallel(inner, process_group=group, find_unused_parameters=True)
+    ids = batches()[0].input_ids
+    output = ddp(ids)
+    return output if how == "around" else output.logits
+
+
+def test_ddp_around_a_compiled_model(pool2, checkpoint):
+    """Guards: names of dealt experts that DDP does not know, so that it makes them all the first replica's."""
+    expected = loaded(checkpoint("mixtral"), None)(batches()[0].input_ids).logits
+    for logits in pool2.run(wrapped, checkpoint("mixtral"), "compiled", fresh=True):
+        assert (logits - expected).abs().max() < LOGITS
+
+
+def test_ddp_around_another_module_is_refused(pool2, checkpoint):
+    """Guards: the same, where the module that DDP is given cannot tell it: silently other experts."""
+    with pytest.raises(RankError) as caught:
+        pool2.run(wrapped, checkpoint("mixtral"), "around", fresh=True)
+    assert isinstance(caught.value.__cause__, ShardwiseError)
+    assert "those of the first one" in str(caught.value.__cause__)
+
+
+def few(path: Path) -> Tensor:
+    """On four ranks: tokens at batch 1, so that some ranks of the tp axis have no row to send."""
+    model = loaded(path, None, tp_plan="auto", tp_size=2, ep_size=4).eval()
+    return model.generate(batches()[0].input_ids[:1], max_new_tokens=5, do_sample=False)
+
+
+def test_fewer_tokens_than_ranks(pool4, checkpoint):
+    """Guards: a rank whose slice of the tokens is empty."""
+    path = checkpoint("mixtral")
+    expected = loaded(path, None).eval().generate(batches()[0].input_ids[:1], max_new_tokens=5, do_sample=False)
+    assert all(torch.equal(tokens, expected) for tokens in pool4.run(few, path))
+
+
+def kept_whole(path: Path, plan: dict[str, str]) -> Seen:
+    """On every rank, with a plan of the user's."""
+    model = loaded(path, None, tp_plan=plan)
+    return observe(model, run(model, [0, 1]))
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "gpt_oss"])
+def test_experts_kept_whole_by_the_user(name, pool2, checkpoint):
+    """Guards: experts that stay split although their module is to stay whole, as our errors advise: nobody sums their parts."""
+    check(pool2.run(kept_whole, checkpoint(name), {"layers.*.mlp.experts": "replicate"}), alone(checkpoint(name)))
+
+
+@pytest.mark.parametrize("style", ["ep_all_to_all_experts", "ep_dispatch_experts"])
+def test_styles_of_dealt_experts_need_dealt_experts(style):
+    """Guards: a style that takes split experts for dealt ones, and the other way round: wrong numbers, or none."""
+    with pytest.raises(PlanError, match="ep_size"):
+        shardwise.plan(build("mixtral"), 2, {"layers.*.mlp.experts": style})
+    with pytest.raises(PlanError, match="split"):
+        shardwise.plan(build("mixtral"), 2, {"layers.*.mlp.experts": "moe_tp_experts"}, ep_size=2)
+
+
+@pytest.mark.parametrize("ep_size", [0, -4, True, "auto", 4.0])
+def test_what_is_no_number_of_ranks(ep_size, checkpoint):
+    """Guards: values that are taken for one, or end in an error of another place."""
+    with pytest.raises(PlanError, match="integer of at least 1"):
+        shardwise.plan(build("mixtral"), 2, ep_size=ep_size)
+    with pytest.raises(PlanError, match="integer of at least 1"):
+        shardwise.AutoModelForCausalLM.from_pretrained(checkpoint("mixtral"), ep_size=ep_size)
+
+
+def test_dealing_in_a_single_process(checkpoint):
+    """Guards: a request that is dropped without a word."""
+    with pytest.raises(MeshError, match="ep_size=2 was asked for, and this is a single process"):
+        shardwise.AutoModelForCausalLM.from_pretrained(checkpoint("mixtral"), ep_size=2)

@@ -45,14 +45,16 @@ def make_plan(
     """
     if tp_size < 1:
         raise PlanError(f"tp_size={tp_size}: the number of ranks on the tp axis is at least 1.")
+    ep_size = asked_ep_size(plan, ep_size)
     model = build_on_meta(model_or_config) if isinstance(model_or_config, PreTrainedConfig) else model_or_config
     if isinstance(plan, Plan):
         return _given(plan, tp_size, ep_size)
-    _check_experts(model, tp_size, ep_size)
-    rules = model_rules(model, tp_size, expert_parallel=ep_size is not None and ep_size > 1)
+    rules = _user_rules(model, plan)
+    _check_experts(model, tp_size, ep_size, rules)
+    rules = [*model_rules(model, tp_size, expert_parallel=ep_size is not None), *rules]
     if tp_size == 1:
-        rules = [rule for rule in rules if style_named(rule.style, str(rule)).axis == "ep"]
-    table = resolve(model, [*rules, *_user_rules(model, plan)], tp_size, ep_size)
+        rules = [rule for rule in rules if rule.source == "user" or style_named(rule.style, str(rule)).axis == "ep"]
+    table = resolve(model, rules, tp_size, ep_size)
     if tp_size > 1:
         check_coverage(model, table)
         check_head(model, table)
@@ -74,7 +76,8 @@ def parallelize(
     The ranks go on with the first rank's random state, so that they drop out the same elements of what they have in common.
     Raises `PlanError` before anything is changed. Collective: every rank of the mesh must call it.
     """
-    axis = tp_mesh(device_mesh=mesh)
+    ep_size = asked_ep_size(plan, ep_size)
+    axis = tp_mesh(device_mesh=mesh, ep_size=ep_size)
     if axis is None or max(axis.size(), ep_size or 1) == 1:
         return model
     refuse_parallel(model)
@@ -114,8 +117,19 @@ def _given(plan: Plan, tp_size: int, ep_size: int | None) -> Plan:
     return plan
 
 
-def _check_experts(model: nn.Module, tp_size: int, ep_size: int | None) -> None:
-    if ep_size is None or ep_size == 1:
+def asked_ep_size(plan: PlanLike | None, ep_size: object) -> int | None:
+    """To how many ranks experts are to be dealt, by `ep_size` or by a `Plan` of more ranks than tp's; None for 1, which deals
+    nothing. Raises `PlanError` for what is no number of ranks.
+    """
+    if ep_size is None and isinstance(plan, Plan) and plan.ep_size > plan.size:
+        return plan.ep_size
+    if ep_size is not None and (not isinstance(ep_size, int) or isinstance(ep_size, bool) or ep_size < 1):
+        raise PlanError(f"ep_size={ep_size!r}: the number of ranks to which experts are dealt is an integer of at least 1.")
+    return None if ep_size == 1 else ep_size
+
+
+def _check_experts(model: nn.Module, tp_size: int, ep_size: int | None, rules: list[Rule]) -> None:
+    if ep_size is None:
         return
     if ep_size % tp_size:
         raise PlanError(
@@ -128,7 +142,7 @@ def _check_experts(model: nn.Module, tp_size: int, ep_size: int | None) -> None:
                 ],
             )
         )
-    if not has_expert_plan(model):
+    if not has_expert_plan(model) and not any(style_named(rule.style, str(rule)).axis == "ep" for rule in rules):
         raise PlanError(
             describe(
                 f"{type(model).__name__} brings no rules for expert parallelism, so ep_size={ep_size} would do nothing.",

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import logging
 
-from shardwise.api import PlanLike, make_plan, parallelize
+from shardwise.api import PlanLike, asked_ep_size, make_plan, parallelize
 from shardwise.checkpoint import find_checkpoint, fingerprint, open_checkpoint
 from shardwise.errors import MismatchError, ShardwiseError, describe
 from shardwise.generation import same_random_state
@@ -25,7 +25,6 @@ from shardwise.lazy import LazyTensor, read_into
 from shardwise.mesh import expert_axis, local_device, tp_mesh
 from shardwise.model import ShardedModel
 from shardwise.parallelize import ModelState, apply_plan, required_state
-from shardwise.plan import Plan
 from shardwise.rendezvous import START_TIMEOUT, meet
 from shardwise.replicas import digest, first_difference
 from shardwise.spec import ShardSpec
@@ -74,9 +73,10 @@ def from_pretrained(
     In one process the ordinary model is loaded. Raises `PlanError`, before a weight is read, for a plan that can't be carried
     out; `CheckpointError` for a checkpoint that does not fit; `MismatchError` when another rank failed.
     """
-    if tp_plan is None and tp_size is None and device_mesh is None:
+    ep_size = asked_ep_size(tp_plan, ep_size)
+    if (tp_plan, tp_size, device_mesh, ep_size) == (None, None, None, None):
         return _ordinary(auto_class, path_or_id, kwargs)
-    axis = tp_mesh(tp_size, device_mesh)
+    axis = tp_mesh(tp_size, device_mesh, ep_size)
     if axis is None or max(axis.size(), ep_size or 1) == 1:
         return _ordinary(auto_class, path_or_id, kwargs).to(local_device(axis))
     if given := [name for name in _REFUSED if kwargs.get(name)]:
@@ -86,7 +86,7 @@ def from_pretrained(
                 either=["leave it out: each rank's shards go to its own device, or", "leave tp_plan out"],
             )
         )
-    ep = expert_axis(axis, tp_plan.ep_size if isinstance(tp_plan, Plan) else ep_size)
+    ep = expert_axis(axis, ep_size)
     meet(ep, "from_pretrained", START_TIMEOUT)
     plan = "auto" if tp_plan is None else tp_plan
     request = _Request(auto_class, os.fspath(path_or_id), axis, ep, plan, ep_size, _shared_seed(ep), kwargs)
@@ -110,7 +110,9 @@ def from_config(
     """A freshly initialised model, the same on every rank whatever their seeds, in shards. Arguments as in `from_pretrained`.
     Collective.
     """
-    axis = tp_mesh(tp_size, device_mesh) if (tp_plan, tp_size, device_mesh) != (None, None, None) else None
+    ep_size = asked_ep_size(tp_plan, ep_size)
+    given = (tp_plan, tp_size, device_mesh, ep_size) != (None, None, None, None)
+    axis = tp_mesh(tp_size, device_mesh, ep_size) if given else None
     if axis is not None:
         same_random_state(axis)
     model: nn.Module = auto_class.from_config(config, **kwargs)

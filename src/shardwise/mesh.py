@@ -25,17 +25,18 @@ from shardwise.rendezvous import START_TIMEOUT, meet_ranks
 TP_AXIS = "tp"
 
 
-def tp_mesh(tp_size: int | None = None, device_mesh: DeviceMesh | None = None) -> DeviceMesh | None:
+def tp_mesh(tp_size: int | None = None, device_mesh: DeviceMesh | None = None, ep_size: int | None = None) -> DeviceMesh | None:
     """The one-dimensional mesh of the tp axis, or None where there is only one process.
 
     Args:
         tp_size: ranks on the axis; by default all of them. With fewer, neighbouring ranks form an axis, and the rest is data
             parallel.
         device_mesh: a mesh of the caller's: its axis named `"tp"`, or its only axis.
+        ep_size: ranks to which experts will be dealt, see `expert_axis`.
 
     Starts the default process group when nobody has and torchrun's variables are set: nccl on GPUs, gloo on CPUs; gloo too,
     with a warning, where ranks share a GPU.
-    Raises `MeshError` for sizes that the processes cannot form, and where tp_size > 1 is asked of a single process;
+    Raises `MeshError` for sizes that the processes cannot form, and where several ranks are asked of a single process;
     `MissingRankError` when some process never comes.
     """
     if device_mesh is not None:
@@ -43,7 +44,8 @@ def tp_mesh(tp_size: int | None = None, device_mesh: DeviceMesh | None = None) -
         return _given_axis(device_mesh, tp_size)
     if not dist.is_initialized():
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-            _check_single_process(tp_size)
+            _check_single_process("tp_size", tp_size)
+            _check_single_process("ep_size", ep_size)
             return None
         _start_process_group()
     _settle_at_exit()
@@ -127,14 +129,14 @@ def _settle_at_exit() -> None:
     atexit.register(time.sleep, 0.1)
 
 
-def _check_single_process(tp_size: int | None) -> None:
-    if tp_size not in (None, 1):
+def _check_single_process(name: str, size: int | None) -> None:
+    if size not in (None, 1):
         raise MeshError(
             describe(
-                f"tp_size={tp_size} was asked for, and this is a single process.",
+                f"{name}={size} was asked for, and this is a single process.",
                 either=[
-                    f"start it with: torchrun --nproc-per-node {tp_size} {os.path.basename(sys.argv[0]) or 'script.py'}, or",
-                    "leave tp_size out",
+                    f"start it with: torchrun --nproc-per-node {size} {os.path.basename(sys.argv[0]) or 'script.py'}, or",
+                    f"leave {name} out",
                 ],
             )
         )

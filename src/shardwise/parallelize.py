@@ -201,7 +201,7 @@ def _leave_experts_to_us(model: nn.Module, state: ModelState) -> None:
     """Tell DDP which parameters other replicas hold other parts of: it would make them all the first replica's."""
     if state.ep.size() > state.mesh.size():
         dealt = [name for row in state.plan if row.axis == "ep" and row.sharded for name in (row.name, *row.aliases)]
-        model.__dict__[_DDP_IGNORES] = dealt
+        model.__dict__[_DDP_IGNORES] = [*dealt, *(f"_orig_mod.{name}" for name in dealt)]  # the latter of torch.compile(model)
 
 
 def _set_local(module: nn.Module, attribute: str, value: int | None, state: ShardState) -> None:

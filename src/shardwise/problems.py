@@ -7,6 +7,7 @@ from difflib import get_close_matches
 
 from shardwise.errors import PlanError, describe
 from shardwise.heads import Heads
+from shardwise.layers import Axis
 from shardwise.layout import Shape
 from shardwise.plan import wildcard
 from shardwise.spec import Rule, ShardSpec
@@ -32,13 +33,27 @@ def refused(name: str, problem: str, rule: Rule) -> PlanError:
     return PlanError(describe(f"{name}: {problem}.", rule=str(rule), either=way_out))
 
 
-def uncuttable(name: str, problem: str, shape: Shape, rule: Rule, sizes: Sequence[int]) -> PlanError:
+def uncuttable(name: str, problem: str, shape: Shape, rule: Rule, sizes: Sequence[int], axis: Axis = "tp") -> PlanError:
     """A parameter whose size the ranks can't share; `sizes`: the smaller numbers of ranks that could."""
     owner = wildcard(name.rpartition(".")[0])
     all_up_to = sizes and sizes[-1] == len(sizes)
-    fewer = f"a tp_size of {f'at most {sizes[-1]}' if all_up_to else ', '.join(map(str, sizes))}, or"
-    way_out = [*([fewer] if sizes else []), f'tp_plan={{"{owner}": "replicate"}} to keep it whole']
+    fewer = f"{axis}_size of {f'at most {sizes[-1]}' if all_up_to else ', '.join(map(str, sizes))}, or"
+    way_out = [*([f"a smaller {fewer}"] if sizes else []), f'tp_plan={{"{owner}": "replicate"}} to keep it whole']
     return PlanError(describe(f"{name}: {problem}, of shape {shape}.", rule=str(rule), either=way_out))
+
+
+def mixed_experts(name: str, rule: Rule, wanted: str, found: ShardSpec) -> PlanError:
+    """A style of experts, and parameters inside that are cut in another way, or not at all."""
+    return PlanError(
+        describe(
+            f"{name}: the style {rule.style!r} is for experts that are {wanted}, and {found.name} is {found.layout}.",
+            rules=[str(rule), str(found.rule) if found.rule else f"none for {found.name}"],
+            either=[
+                "ep_size=... to deal whole experts, or leave it out to split each, or",
+                f'tp_plan={{"{wildcard(name)}": "replicate"}} to keep them whole',
+            ],
+        )
+    )
 
 
 def cut_differently(first: ShardSpec, other: ShardSpec) -> PlanError:

@@ -12,7 +12,17 @@ from torch import nn
 
 from shardwise import problems
 from shardwise.heads import Heads, heads_of, runs_over_kv
-from shardwise.layers import Axis, Cut, Local, LocalParamsParallel, ParallelStyle, Replicate, stores_transposed
+from shardwise.layers import (
+    Axis,
+    Cut,
+    ExpertParallel,
+    Local,
+    LocalParamsParallel,
+    MoeExpertsParallel,
+    ParallelStyle,
+    Replicate,
+    stores_transposed,
+)
 from shardwise.layers.linear import ColwiseGatherOutput, LinearStyle, RowwiseSplitInput
 from shardwise.layers.registry import style_named
 from shardwise.layout import Layout, Replicated, Shape
@@ -67,6 +77,8 @@ class _Resolver:
                 self.rules[name] = rule
             if rule.source == "user":
                 self._give_up(hits)
+                if style_named(rule.style, str(rule)) is Replicate:
+                    self._keep_whole(hits, rule)
 
     def _give_up(self, names: Iterable[str]) -> None:
         """Where we keep parameters whole, a rule of the user's for their module holds."""
@@ -75,6 +87,17 @@ class _Resolver:
                 kept = self.rules.get(_join(name, child))
                 if kept is not None and kept.source == "shardwise" and kept.style == "replicate":
                     del self.rules[_join(name, child)]
+
+    def _keep_whole(self, names: Iterable[str], rule: Rule) -> None:
+        """Whatever is inside of a module that the user keeps whole is whole, but for what the user says of it."""
+        for name in (name for name in names if name in self.modules):
+            inside = [key for key in (*self.rules, *self.tensors) if key.startswith(f"{name}.")]
+            for key in inside:
+                if key not in self.rules or self.rules[key].source != "user":
+                    self.rules[key] = rule
+            for key in inside:
+                if key in self.modules and self.rules[key] is rule:
+                    del self.rules[key]
 
     def rows(self) -> Iterator[ShardSpec]:
         """One row a tensor; names that are tied to one tensor share it."""
@@ -97,6 +120,7 @@ class _Resolver:
             self._check_module(name, module, rule)
             own = {child: by_name[_join(name, child)] for child in _direct(module)}
             style = style_named(rule.style, str(rule)) if rule else LocalParamsParallel
+            self._check_experts(name, style, rule, rows.values())
             attributes = self._attributes(name, module, style, own)
             summed = any(sums_gradient(row, self.size, self.ep_size) for row in own.values())
             if rule is None and not attributes and not summed:
@@ -136,6 +160,16 @@ class _Resolver:
         if whole and local:
             raise problems.torn_apart(name, {child: rules[child] for child in (*local, *whole)}, local, whole)
 
+    def _check_experts(self, name: str, style: type[ParallelStyle], rule: Rule | None, rows: Iterable[ShardSpec]) -> None:
+        """Experts that are dealt must all be, and outputs are only summed of experts that are split."""
+        if rule is None or not issubclass(style, ExpertParallel | MoeExpertsParallel):
+            return
+        dealt = issubclass(style, ExpertParallel)
+        for row in rows:
+            inside = row.name.startswith(f"{name}.") and len(row.shape) > 1 and not row.buffer
+            if inside and ((row.sharded and row.axis == "ep") is not dealt or (not row.sharded and len(row.shape) > 2)):
+                raise problems.mixed_experts(name, rule, "dealt" if dealt else "split", row)
+
     def _layout(self, name: str, style: type[ParallelStyle], rule: Rule, tensor: torch.Tensor) -> Layout:
         shape = tuple(tensor.shape)
         owner = name.rpartition(".")[0]
@@ -154,7 +188,7 @@ class _Resolver:
         ranks = self._ranks(style.axis)
         if problem := layout.problem(shape, ranks):
             fewer = [n for n in range(1, ranks) if layout.problem(shape, n) is None]
-            raise problems.uncuttable(name, problem, shape, rule, fewer)
+            raise problems.uncuttable(name, problem, shape, rule, fewer, style.axis)
         return layout
 
     def _attributes(

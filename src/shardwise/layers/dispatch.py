@@ -56,7 +56,7 @@ class Dispatch:
         results = compute(rows, route.local_ids, torch.ones_like(route.local_ids, dtype=weights.dtype))
         back = all_to_all(results, self.ep, route.send, route.receive)
         pairs = back.new_zeros(ids.numel(), back.shape[-1]).index_copy(0, route.order, back)
-        output = (pairs.view(*ids.shape, -1) * weights[..., None]).sum(1).to(hidden.dtype)
+        output = (pairs.view(*ids.shape, back.shape[-1]) * weights[..., None]).sum(1).to(hidden.dtype)
         return gather_from_tp(output, self.tp, 0, share) if self.tp.size() > 1 else output
 
     def sorted_rows(self, compute: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:

@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from shardwise.collectives import Sizes, copy_to_tp, even_sizes, gather_from_tp, reduce_from_tp, scatter_to_tp
+from shardwise.errors import ShardwiseError, describe
 from shardwise.layers.base import Cut, Local, ParallelStyle, ShardState
 from shardwise.layers.dispatch import Dispatch
 from shardwise.layers.replicated import Replicate
@@ -123,6 +125,7 @@ class ExpertParallel(ParallelStyle):
         """Where the ranks compute several batches: all parameters, such that their gradients are averaged, which all ranks
         have to do alike, whatever tokens came. Some experts read those of a module inside.
         """
+        _refuse_averaging(self)
         modules = [module for module in self.modules() if "_tp" in module.__dict__]
         states: list[ShardState] = [module.__dict__["_tp"] for module in modules]
         for state in states:
@@ -197,6 +200,26 @@ def _number(module: nn.Module) -> int:
     """How many experts a module has in all."""
     number = getattr(module, "num_experts", None)
     return number if isinstance(number, int) else next(p.shape[0] for p in module.parameters(recurse=False) if p.dim() == 3)
+
+
+def _refuse_averaging(experts: nn.Module) -> None:
+    """Raise `ShardwiseError` when DDP holds these experts for the same on all replicas: it made them the first replica's.
+
+    A parallel model tells DDP by an attribute, which is not seen where DDP wraps a module around the model.
+    """
+    ddp = None if torch.compiler.is_compiling() else DistributedDataParallel._get_active_ddp_module()
+    held = {id(parameter) for parameter in getattr(ddp, "_module_parameters", ())}
+    if any(id(parameter) in held for parameter in experts.parameters()):
+        raise ShardwiseError(
+            describe(
+                "DistributedDataParallel has made the dealt experts of all replicas those of the first one.",
+                why="it was given a module around the parallel model, and does not know that replicas hold other experts",
+                either=[
+                    "load again, and wrap the parallel model itself: DistributedDataParallel(model), or",
+                    "before that, give the outer module model._ddp_params_and_buffers_to_ignore, names prefixed with the path",
+                ],
+            )
+        )
 
 
 def _loops(experts: nn.Module) -> bool:
