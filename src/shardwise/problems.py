@@ -37,7 +37,8 @@ def uncuttable(name: str, problem: str, shape: Shape, rule: Rule, sizes: Sequenc
     """A parameter whose size the ranks can't share; `sizes`: the smaller numbers of ranks that could."""
     owner = wildcard(name.rpartition(".")[0])
     all_up_to = sizes and sizes[-1] == len(sizes)
-    fewer = f"{'an' if axis == 'ep' else 'a'} {axis}_size of {f'at most {sizes[-1]}' if all_up_to else ', '.join(map(str, sizes))}, or"
+    which = f"at most {sizes[-1]}" if all_up_to else ", ".join(map(str, sizes))
+    fewer = f"{'an ep' if axis == 'ep' else 'a tp'}_size of {which}, or"
     way_out = [*([fewer] if sizes else []), f'tp_plan={{"{owner}": "replicate"}} to keep it whole']
     return PlanError(describe(f"{name}: {problem}, of shape {shape}.", rule=str(rule), either=way_out))
 
