@@ -9,7 +9,7 @@ PYTHON ?= python3
 TORCH ?= $(or $(shell cat $(CHOSEN) 2>/dev/null),torch==2.13.0)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test parity check format clean FORCE
+.PHONY: help setup demo test parity bench check format clean FORCE
 
 help:  ## this text
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ test: $(READY)  ## the test suite; ARGS='-k name' is handed on to pytest
 parity: $(READY)  ## every type beside one process, on 2 and 4 ranks; writes docs/architectures.md
 	@PYTHONPATH=tests HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m parity $(ARGS)
 
+bench: $(READY)  ## everything beside its peers; writes benchmarks/results and docs/performance.md; ARGS=--quick for few rounds
+	@PYTHONPATH=src $(BIN)/python -m benchmarks --torch '$(TORCH)' $(ARGS)
+
 check: $(READY)  ## format, lint, types, layers
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
@@ -48,5 +51,5 @@ format: $(READY)  ## format the code and apply the safe fixes of the linter
 	$(BIN)/ruff check --fix
 
 clean:  ## remove .venv and every cache
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache demo-output
-	find src tests -name __pycache__ -type d -exec rm -rf {} +
+	rm -rf $(VENV) benchmarks/.envs build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache demo-output
+	find src tests benchmarks -name __pycache__ -type d -exec rm -rf {} +

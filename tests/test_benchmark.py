@@ -1,4 +1,4 @@
-"""`benchmarks.gpu` on the CPU, with tiny shapes: that it runs, and measures what it says. Its figures mean nothing here."""
+"""The benchmarks, with tiny shapes: that they run, and measure what they say. Their figures mean nothing here."""
 
 from __future__ import annotations
 
@@ -6,6 +6,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from benchmarks import document, targets
+from benchmarks.driver import Found
+from benchmarks.results import Result
+from benchmarks.workload import Target
+from benchmarks.workloads import WORKLOADS
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,3 +34,57 @@ def test_every_backend_is_measured(tmp_path):
             else:
                 assert found["error"].startswith("left out")
     assert (tmp_path / "shardwise-tp2-bfloat16-train-eager.json.gz").exists()
+
+
+def test_a_trial_of_the_whole_program(tmp_path):
+    """Guards: a program that has rotted by the time that somebody repeats the figures; ranks that answer for each other."""
+    command = [sys.executable, "-m", "benchmarks", "--tiny", "--folder", str(tmp_path), "--only", "host-training"]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=200)
+    result = Result.read("host-training", tmp_path)
+    assert result is not None
+    (contenders,) = result.cases.values()
+    assert list(contenders) == ["floor", "shardwise"]
+    for found in contenders.values():
+        assert found.error == ""
+        assert len(found.rounds["ms"]) == 2
+        assert min(found.rounds["ms"]) > 0
+    assert "| shardwise |" in (tmp_path / "README.md").read_text()
+    assert (tmp_path / "host-training.svg").exists()
+
+
+def test_the_page_is_that_of_the_results():
+    """Guards: a figure in docs/performance.md that was typed, or that the results do not bear out any more."""
+    assert document.PAGE.read_text() == document.render(), "run: python -m benchmarks docs"
+
+
+def test_the_slowest_rank_counts():
+    """Guards: the time of a step taken from a rank that did not have to wait; the mean, which one slow step would move."""
+    found = Found()
+    mine, others = [{"ms": 1.0}, {"ms": 9.0}, {"ms": 2.0}], [{"ms": 3.0}, {"ms": 1.0}, {"ms": 1.0}]
+    found.add([{"samples": mine}, {"samples": others}])
+    assert found.rounds == {"ms": [3.0]}
+
+
+def test_ratios_are_those_of_a_round():
+    """Guards: medians divided by each other, which a machine that slows down halfway would spoil (here 6 / 2 = 3)."""
+    floor, ours = Found(rounds={"ms": [1.0, 2.0, 10.0]}), Found(rounds={"ms": [2.0, 6.0, 11.0]})
+    result = Result("host-training", "tiny", cases={"case": {"floor": floor, "shardwise": ours}})
+    assert result.ratio("case", "shardwise", "floor", "ms").middle == 2.0
+
+
+@pytest.mark.parametrize(("limit", "said"), [(2.0, "met"), (1.9, "**not met**")])
+def test_a_target_is_judged_by_its_figure(limit, said):
+    """Guards: a target that is met whatever was measured, or against a peer that was not the best one."""
+    found = {
+        name: Found(rounds={"ms": [ms]}) for name, ms in [("shardwise", 4.0), ("torch-styles", 5.0), ("transformers-5.23", 2.0)]
+    }
+    result = Result("host-training", "tiny", cases={"case": found})
+    verdict = targets._verdict(WORKLOADS["host-training"], Target("ms", limit, "best peer"), result, "case")
+    assert (verdict.value, verdict.said) == (2.0, said)
+
+
+def test_what_was_not_measured_is_not_met():
+    """Guards: a failure that looks like a figure."""
+    result = Result("host-training", "tiny", cases={"case": {"shardwise": Found(error="out of memory", rounds={"ms": [1.0]})}})
+    verdict = targets._verdict(WORKLOADS["host-training"], Target("ms", 2.0), result, "case")
+    assert (verdict.value, verdict.met, verdict.said) == (None, False, "not measured")

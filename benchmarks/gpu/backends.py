@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 from transformers import __version__ as version
 from transformers.distributed import DistributedConfig
 
 import shardwise
+from benchmarks.floor import WholeWidth
 from benchmarks.gpu.sizes import Size
 from shardwise.testing.fake import fake_rank
 
@@ -77,26 +78,3 @@ def floor(size: Size, tp: int, dtype: torch.dtype, device: str) -> PreTrainedMod
     model.lm_head.copies = tp
     model.config.vocab_size = model.vocab_size = size.shapes["vocab_size"]
     return model.train()
-
-
-class WholeWidth(nn.Linear):
-    """A head of one rank whose outputs are as wide as those of all."""
-
-    copies: int
-
-    def forward(self, input: Tensor) -> Tensor:
-        """(..., in) -> (..., copies * out)."""
-        return Repeated.apply(super().forward(input), self.copies)
-
-
-class Repeated(torch.autograd.Function):
-    """In the place of an all-gather, as which it writes as much; backward takes the first part."""
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, copies: int) -> Tensor:
-        ctx.width = x.shape[-1]
-        return x.repeat(*(1,) * (x.dim() - 1), copies)
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
-        return grad[..., : ctx.width].contiguous(), None

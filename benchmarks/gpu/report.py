@@ -12,6 +12,7 @@ import torch
 
 from benchmarks.gpu.driver import Reply, Result
 from benchmarks.gpu.steps import CELLS
+from benchmarks.markdown import table
 
 MIB = 2**20
 
@@ -43,17 +44,17 @@ def _page(results: list[Result], facts: dict[str, object]) -> list[str]:
             rows = [row for result in results if result.case.dtype == dtype and (row := _row(result, cell, results))]
             if rows:
                 heads = ["backend", "tp", "transformers", "device", "x floor", "host", "kernels", "idle", "launches", "memory"]
-                lines += ["", f"### {cell}, {dtype}", "", _line(heads), _line(["---"] * len(heads)), *rows]
+                lines += ["", f"### {cell}, {dtype}", "", *table(heads, rows)]
     return lines
 
 
-def _row(result: Result, cell: str, results: list[Result]) -> str:
+def _row(result: Result, cell: str, results: list[Result]) -> list[str]:
     case, found = result.case, result.cells.get(cell, {})
     begin = [case.label, str(case.tp), result.transformers]
     if error := result.error or str(found.get("error", "")):
-        return _line([*begin, error.replace("|", "/"), "", "", "", "", "", ""])
+        return [*begin, error, "", "", "", "", "", ""]
     if not found.get("samples"):
-        return ""
+        return []
     device = summary(found, "device")
     floors = [other for other in results if other.case.backend == "floor" and _beside(other, result)]
     floor = next((other.cells[cell] for other in floors if other.cells.get(cell, {}).get("samples")), None)
@@ -65,8 +66,8 @@ def _row(result: Result, cell: str, results: list[Result]) -> str:
     else:
         figures += [str(found.get("profile error", "")), "", "", ""]
     if note := found.get("not one graph"):
-        begin[0] += f" (graph breaks: {str(note).replace('|', '/')[:80]})"
-    return _line([*begin, *figures])
+        begin[0] += f" (graph breaks: {str(note)[:80]})"
+    return [*begin, *figures]
 
 
 def _beside(one: Result, other: Result) -> bool:
@@ -89,7 +90,3 @@ def _mib(found: Reply) -> float:
 def _spread(values: tuple[float, float, float]) -> str:
     middle, low, high = values
     return f"{middle:.2f} ({low:.2f} to {high:.2f})"
-
-
-def _line(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"

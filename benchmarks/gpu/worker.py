@@ -7,14 +7,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TextIO
 
 import torch
 import transformers
@@ -24,8 +21,8 @@ from benchmarks.gpu import measure
 from benchmarks.gpu.backends import one_rank
 from benchmarks.gpu.sizes import LLAMA_3B, TINY, Size
 from benchmarks.gpu.steps import Step, make_step
+from benchmarks.serving import Reply, answers, first_line, serve
 
-Reply = dict[str, object]
 WARM_UP = 3
 
 
@@ -44,7 +41,7 @@ class Worker:
         except Exception as error:
             if cell.endswith("eager") or "out of memory" in str(error):
                 raise
-            reason = _first_line(error)
+            reason = first_line(error)
             torch._dynamo.reset()
             self.steps[cell] = self._ready(cell, fullgraph=False)
         return {"seconds": time.monotonic() - began, "not one graph": reason}
@@ -79,27 +76,10 @@ class Worker:
             torch.cuda.empty_cache()
 
 
-def serve(worker: Worker, requests: TextIO, answer: Callable[[Reply], None]) -> None:
-    """Answer until the other end closes. What fails is answered too, as text."""
-    for line in requests:
-        request = json.loads(line)
-        action = getattr(worker, request.pop("do"))
-        try:
-            answer(action(**request))
-        except Exception as error:
-            answer({"error": _first_line(error)})
-
-
 def main(backend: str, tp: int, dtype: str, device: str, size: Size) -> None:
-    """A worker's life. Whatever a library prints goes to standard error, and the answers alone to standard output."""
+    """A worker's life."""
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(tp), HF_HUB_OFFLINE="1")
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-
-    def answer(reply: Reply) -> None:
-        answers.write(json.dumps(reply) + "\n")
-        answers.flush()
-
+    answer = answers()
     torch.manual_seed(0)
     try:
         with one_rank(backend, size, tp, getattr(torch, dtype), device) as model:
@@ -108,13 +88,8 @@ def main(backend: str, tp: int, dtype: str, device: str, size: Size) -> None:
             answer({"transformers": transformers.__version__, "site": str(Path(transformers.__file__).parents[1])})
             serve(Worker(model, size, device), sys.stdin, answer)
     except Exception as error:
-        answer({"error": _first_line(error)})
+        answer({"error": first_line(error)})
         raise
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,39 @@
+"""What an adapter can be asked for, and what most of them do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import PreTrainedModel
+
+
+class Adapter:
+    """One way to run the model whose checkpoint lies in a folder."""
+
+    def start(self, size: int, fake: bool) -> None:
+        """Before anything else: the process group of `size` ranks, where the contender does not start it by itself."""
+        if fake:
+            dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+
+    def build(self, folder: Path, expert_parallel: bool = False) -> PreTrainedModel:
+        """This rank's model with the weights in `folder`, in the dtype of its config. Collective."""
+        raise NotImplementedError
+
+    def save(self, model: PreTrainedModel, folder: Path) -> None:
+        """Write the ordinary checkpoint. Collective."""
+        model.save_pretrained(folder)
+
+    def clip(self, model: nn.Module, max_norm: float) -> None:
+        """Clip the gradients by their norm, as one would with this contender. Collective."""
+        torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+
+
+def shapes(folder: Path) -> dict[str, object]:
+    """The config in a folder."""
+    found: dict[str, object] = json.loads((folder / "config.json").read_text())
+    return found
