@@ -39,13 +39,17 @@ Sizes = tuple[int, ...]
 gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
+_ALL_REDUCE = dist.all_reduce
+_NOW = dist.AllreduceOptions()
+_NOW.asyncOp = False
+
 
 def copy_to_tp(x: Tensor, mesh: DeviceMesh) -> Tensor:
     """I -> R: `x` as it is; backward sums the ranks' partial gradients (Megatron's f).
 
     Shapes: any, unchanged. Without gradient the very same object comes back.
     """
-    return CopyToTP.apply(x, mesh) if _needs_grad(x) else x
+    return CopyToTP.apply(x, mesh) if x.requires_grad and torch.is_grad_enabled() else x
 
 
 def reduce_from_tp(x: Tensor, mesh: DeviceMesh) -> Tensor:
@@ -56,13 +60,13 @@ def reduce_from_tp(x: Tensor, mesh: DeviceMesh) -> Tensor:
     Shapes: any, unchanged; any dtype that the backend reduces. Each rank's gradient is already whole, so summing it again (as
     torch's functional all-reduce does) would multiply it by the size.
     """
-    if _needs_grad(x):
+    if x.requires_grad and torch.is_grad_enabled():
         total: Tensor = ReduceFromTP.apply(x, mesh)
         return total
     # A view shares its memory, and a parameter is a leaf here too (no_grad): neither is the caller's to give away.
     kept = x.requires_grad or (not torch.compiler.is_dynamo_compiling() and x._is_view())
     x = x.clone(memory_format=torch.contiguous_format) if kept else x.contiguous()
-    dist.all_reduce(x, group=mesh.get_group())
+    _sum_over_ranks(x, mesh)
     return x
 
 
@@ -132,7 +136,11 @@ class CopyToTP(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         # Cloned, because autograd may hand the same gradient object to a sibling (the other operand of an addition).
-        return reduce_from_tp(grad.clone(memory_format=torch.contiguous_format), ctx.mesh), None
+        total = grad.clone(memory_format=torch.contiguous_format)
+        if grad.requires_grad:  # of a backward that is differentiated again
+            return reduce_from_tp(total, ctx.mesh), None
+        _sum_over_ranks(total, ctx.mesh)
+        return total, None
 
 
 class ReduceFromTP(torch.autograd.Function):
@@ -144,15 +152,15 @@ class ReduceFromTP(torch.autograd.Function):
         # Unmarked, an in-place sum silently corrupts what the operation before saved for its backward (exp saves its output).
         if not torch.compiler.is_dynamo_compiling() and x.is_contiguous() and not x.is_leaf and not x._is_view():
             ctx.mark_dirty(x)
-            dist.all_reduce(x, group=mesh.get_group())
+            _sum_over_ranks(x, mesh)
             return x
         x = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(_written(x), group=mesh.get_group())
+        _sum_over_ranks(_written(x), mesh)
         return x
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return copy_to_tp(grad, ctx.mesh), None
+        return (copy_to_tp(grad, ctx.mesh) if grad.requires_grad else grad), None
 
 
 class ScatterToTP(torch.autograd.Function):
@@ -218,6 +226,18 @@ class AllToAll(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         return all_to_all(grad, ctx.mesh, receive=ctx.send, send=ctx.receive), None, None, None
+
+
+def _sum_over_ranks(x: Tensor, mesh: DeviceMesh) -> None:
+    """All-reduce `x` in place, past what `dist.all_reduce` looks at before it, which costs more than the call to the group.
+
+    Not where a compiler must see that call, where somebody watches (`dist.all_reduce` was replaced), or for complex numbers.
+    """
+    group = mesh.get_group()
+    if torch.compiler.is_compiling() or dist.all_reduce is not _ALL_REDUCE or x.is_complex():
+        dist.all_reduce(x, group=group)
+    else:
+        group.allreduce([x], _NOW).wait()
 
 
 def _slice(x: Tensor, mesh: DeviceMesh, dim: int, sizes: Sizes) -> Tensor:

@@ -25,6 +25,8 @@ def stores_transposed(module: nn.Module) -> bool:
 class LinearStyle(ParallelStyle):
     """What the linear styles share: which attributes of the module say its width, and how it prints."""
 
+    weight: Tensor
+
     @classmethod
     def refuses(cls, module: nn.Module) -> str | None:
         if hasattr(module, "out_features") or stores_transposed(module):
@@ -96,7 +98,7 @@ class RowwiseParallel(LinearStyle):
 
     @classmethod
     def options(cls, module: nn.Module, parent: nn.Module) -> dict[str, int]:
-        return {"own_forward": 1} if _adds_bias_itself(module) else {}
+        return {} if stores_transposed(module) or type(module).forward is nn.Linear.forward else {"own_forward": 1}
 
     @property
     def bias(self) -> Tensor | None:
@@ -106,16 +108,13 @@ class RowwiseParallel(LinearStyle):
         return None if self._tp.without_bias else self._parameters["bias"]
 
     def forward(self, input: Tensor) -> Tensor:
-        self._tp.leave()
-        weight, bias = self._parameters["weight"], self._parameters.get("bias")
-        assert weight is not None
-        if self._tp.transposed:
-            partial = torch.matmul(input, weight)
-        elif self._tp.options.get("own_forward"):
+        state, weight, bias = self._tp, self.weight, self._parameters.get("bias")
+        state.leave()
+        if state.options.get("own_forward"):
             partial = self._without_bias(input)
         else:
-            partial = linear(input, weight) if bias is not None else super().forward(input)
-        output = reduce_from_tp(partial, self._tp.mesh)
+            partial = torch.matmul(input, weight) if state.transposed else linear(input, weight)
+        output = reduce_from_tp(partial, state.mesh)
         return output if bias is None else output + bias
 
     def _without_bias(self, input: Tensor) -> Tensor:
