@@ -73,6 +73,9 @@ def parallelize(
         plan: as in `shardwise.plan`.
         ep_size: as in `shardwise.plan`.
 
+    What is on meta stays there, at its local shape: `model.to_empty(device=...)` then gives memory of that shape, for buffers
+    too, whose values are the caller's to fill in. Everything else goes to the rank's device.
+
     The ranks go on with the first rank's random state, so that they drop out the same elements of what they have in common.
     Raises `PlanError` before anything is changed. Collective: every rank of the mesh must call it.
     """
@@ -89,7 +92,8 @@ def parallelize(
 
     def shard(row: ShardSpec, tensor: Tensor) -> Tensor:
         on = state.axis_of(row)
-        return (row.layout.shard(tensor, on.get_local_rank(), on.size()) if row.sharded else tensor).to(device)
+        local = row.layout.shard(tensor, on.get_local_rank(), on.size()) if row.sharded else tensor
+        return local if local.is_meta else local.to(device)
 
     apply_plan(model, state, shard, ShardedModel.for_model(model))
     same_random_state(axis)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -130,7 +131,12 @@ class Layout:
         if cut is None:
             return shape
         dim, blocks = cut
-        return (*shape[:dim], sum(b.local_length(rank, size) for b in blocks), *shape[dim + 1 :])
+        return (*shape[:dim], _lengths(blocks, size)[rank], *shape[dim + 1 :])
+
+    def lengths(self, shape: Shape, size: int) -> tuple[int, ...]:
+        """Each rank's length along the cut dim; empty for a tensor that is kept whole."""
+        cut = self.cut(shape)
+        return _lengths(cut[1], size) if cut else ()
 
     def copies(self, shape: Shape, size: int) -> int:
         """On how many ranks the tensor's indices lie; the largest number where blocks differ."""
@@ -208,6 +214,11 @@ class Packed(Layout):
 
     def __str__(self) -> str:
         return f"dim {self.dim}: {' | '.join(str(block) for block in self.blocks)}"
+
+
+@lru_cache(maxsize=1024)  # every layer asks for the same few
+def _lengths(blocks: tuple[Block, ...], size: int) -> tuple[int, ...]:
+    return tuple(sum(block.local_length(rank, size) for block in blocks) for rank in range(size))
 
 
 def _pieces(blocks: tuple[Block, ...], rank: int, size: int) -> Iterator[Piece]:

@@ -64,7 +64,15 @@ class Plan:
 
     def local_bytes(self, rank: int) -> int:
         """Bytes of all parameters and buffers of the `rank`th of the `ep_size` ranks that hold the model."""
-        return sum(row.local_bytes(*self.place(row, rank)) for row in self.tensors)
+        return sum(count * row.local_bytes(*self.place(row, rank)) for row, count in self._kinds)
+
+    @cached_property
+    def _kinds(self) -> list[tuple[ShardSpec, int]]:
+        """A row of each kind, and how many are as long on every rank: layers are alike."""
+        alike: dict[tuple[object, ...], list[ShardSpec]] = {}
+        for row in self.tensors:
+            alike.setdefault((row.shape, row.dtype, row.layout, row.axis), []).append(row)
+        return [(rows[0], len(rows)) for rows in alike.values()]
 
     @property
     def full_bytes(self) -> int:

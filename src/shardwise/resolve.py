@@ -26,8 +26,9 @@ from shardwise.layers import (
 from shardwise.layers.linear import ColwiseGatherOutput, LinearStyle, RowwiseSplitInput
 from shardwise.layers.registry import style_named
 from shardwise.layout import Layout, Replicated, Shape
+from shardwise.names import Names
 from shardwise.norms import head_norms
-from shardwise.plan import Plan, wildcard
+from shardwise.plan import Plan
 from shardwise.spec import ModuleSpec, Rule, ShardSpec, sums_gradient
 
 
@@ -51,6 +52,7 @@ class _Resolver:
     size: int
     ep_size: int
     rules: dict[str, Rule] = field(default_factory=dict)
+    asked: dict[tuple[object, ...], dict[str, tuple[int | None, ...]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.modules = dict(self.model.named_modules(remove_duplicate=False))
@@ -59,20 +61,12 @@ class _Resolver:
 
     def assign(self, rules: Sequence[Rule]) -> None:
         """Give each module and tensor the last rule that names it."""
-        families: dict[str, list[str]] = {}
-        for name in (*self.modules, *self.tensors, *self.buffers):
-            families.setdefault(wildcard(name), []).append(name)
+        names = Names((*self.modules, *self.tensors, *self.buffers))
         for rule in rules:
             style_named(rule.style, str(rule))
-            hits = [
-                n
-                for family, names in families.items()
-                if len(family.split(".")) == rule.pattern.count(".") + 1
-                for n in names
-                if rule.matches(n)
-            ]
+            hits = names.matching(rule)
             if not hits and rule.source == "user":
-                raise problems.matches_nothing(rule, families)
+                raise problems.matches_nothing(rule, names.families())
             for name in hits:
                 self.rules[name] = rule
             if rule.source == "user":
@@ -90,14 +84,14 @@ class _Resolver:
 
     def _keep_whole(self, names: Iterable[str], rule: Rule) -> None:
         """Whatever is inside of a module that the user keeps whole is whole, but for what the user says of it."""
-        for name in (name for name in names if name in self.modules):
-            inside = [key for key in (*self.rules, *self.tensors) if key.startswith(f"{name}.")]
-            for key in inside:
-                if key not in self.rules or self.rules[key].source != "user":
-                    self.rules[key] = rule
-            for key in inside:
-                if key in self.modules and self.rules[key] is rule:
-                    del self.rules[key]
+        places, depth = {name for name in names if name in self.modules}, rule.pattern.count(".") + 1
+        inside = [key for key in {**self.rules, **self.tensors} if _outer(key, depth) in places]
+        for key in inside:
+            if key not in self.rules or self.rules[key].source != "user":
+                self.rules[key] = rule
+        for key in inside:
+            if key in self.modules and self.rules[key] is rule:
+                del self.rules[key]
 
     def rows(self) -> Iterator[ShardSpec]:
         """One row a tensor; names that are tied to one tensor share it."""
@@ -120,7 +114,7 @@ class _Resolver:
             self._check_module(name, module, rule)
             own = {child: by_name[_join(name, child)] for child in _direct(module)}
             style = style_named(rule.style, str(rule)) if rule else LocalParamsParallel
-            self._check_experts(name, style, rule, rows.values())
+            self._check_experts(name, style, rule, by_name)
             attributes = self._attributes(name, module, style, own)
             summed = any(sums_gradient(row, self.size, self.ep_size) for row in own.values())
             if rule is None and not attributes and not summed:
@@ -160,14 +154,14 @@ class _Resolver:
         if whole and local:
             raise problems.torn_apart(name, {child: rules[child] for child in (*local, *whole)}, local, whole)
 
-    def _check_experts(self, name: str, style: type[ParallelStyle], rule: Rule | None, rows: Iterable[ShardSpec]) -> None:
+    def _check_experts(self, name: str, style: type[ParallelStyle], rule: Rule | None, rows: Mapping[str, ShardSpec]) -> None:
         """Experts that are dealt must all be, and outputs are only summed of experts that are split."""
         if rule is None or not issubclass(style, ExpertParallel | MoeExpertsParallel):
             return
         dealt = issubclass(style, ExpertParallel)
-        for row in rows:
-            inside = row.name.startswith(f"{name}.") and len(row.shape) > 1 and not row.buffer
-            if inside and ((row.sharded and row.axis == "ep") is not dealt or (not row.sharded and len(row.shape) > 2)):
+        for row in (rows[inside] for inside, _ in self.modules[name].named_parameters(prefix=name)):
+            is_dealt, stacked = row.sharded and row.axis == "ep", len(row.shape) > 2
+            if len(row.shape) > 1 and (is_dealt is not dealt or (stacked and not row.sharded)):
                 raise problems.mixed_experts(name, rule, "dealt" if dealt else "split", row)
 
     def _layout(self, name: str, style: type[ParallelStyle], rule: Rule, tensor: torch.Tensor) -> Layout:
@@ -200,15 +194,25 @@ class _Resolver:
             if (below := self.rules.get(_join(name, child))) is not None:
                 found |= below.parent_attributes
         if rule is not None:
-            layouts = {child: (row.layout, row.shape) for child, row in own.items()}
-            size = self._ranks(_axis(style, own))
-            ranks = [style.local_attributes(module, Local(layouts, rank, size)) for rank in range(size)]
-            found = {key: tuple(values[key] for values in ranks) for key in ranks[0]} | found
+            found = self._local_attributes(module, style, own) | found
         if self._shares_kv_heads(name, module) and hasattr(module, "num_key_value_groups"):
             heads = heads_of(module)
             assert heads is not None
             found.setdefault("num_key_value_groups", (heads.local_group(self.size),) * self.size)
-        return {key: values for key, values in found.items() if any(value != _read(module, key) for value in values)}
+        now = {key: _read(module, key) for key in found}
+        return {key: values for key, values in found.items() if any(value != now[key] for value in set(values))}
+
+    def _local_attributes(
+        self, module: nn.Module, style: type[ParallelStyle], own: dict[str, ShardSpec]
+    ) -> dict[str, tuple[int | None, ...]]:
+        """What the style says, one value a rank. It is asked once for modules that are alike: layers times ranks are many."""
+        layouts, size = {child: (row.layout, row.shape) for child, row in own.items()}, self._ranks(_axis(style, own))
+        numbers = [(key, value) for key, value in vars(module).items() if isinstance(value, int | str | None)]
+        alike = (style, type(module), id(vars(module).get("config")), *layouts.items(), *numbers)
+        if alike not in self.asked:
+            ranks = [style.local_attributes(module, Local(layouts, rank, size)) for rank in range(size)]
+            self.asked[alike] = {key: tuple(values[key] for values in ranks) for key in ranks[0]}
+        return self.asked[alike]
 
     def _ranks(self, axis: Axis) -> int:
         return self.ep_size if axis == "ep" else self.size
@@ -270,6 +274,12 @@ def _axis(style: type[ParallelStyle], own: Mapping[str, ShardSpec]) -> Axis:
 
 def _direct(module: nn.Module) -> Iterable[str]:
     return [name for group in (module._parameters, module._buffers) for name, value in group.items() if value is not None]
+
+
+def _outer(name: str, depth: int) -> str | None:
+    """The first `depth` segments of a name that has more."""
+    parts = name.split(".")
+    return ".".join(parts[:depth]) if len(parts) > depth else None
 
 
 def _join(parent: str, child: str) -> str:

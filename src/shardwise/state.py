@@ -52,10 +52,12 @@ def full_gradients(model: nn.Module) -> dict[str, Tensor] | None:
 
 def gather_full(row: ShardSpec, local: Tensor, mesh: DeviceMesh) -> Tensor:
     """The full tensor of `row` on every rank, from each rank's `local`. Collective. Shape: `row.shape`; dtype and device of
-    `local`.
+    `local`; on meta nothing is sent.
     """
     if not row.sharded:
         return local
+    if local.is_meta:
+        return local.new_empty(row.shape)
     rank, size = mesh.get_local_rank(), mesh.size()
     shards = []
     for source in range(size):

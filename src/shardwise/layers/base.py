@@ -118,8 +118,8 @@ class ShardState:
         self.batches = size // self.tp.size()
         self.sizes: dict[str, Sizes] = {}
         for name, (layout, shape) in self.layouts.items():
-            if (cut := layout.cut(shape)) is not None:
-                self.sizes[name] = tuple(layout.local_shape(shape, rank, size)[cut[0]] for rank in range(size))
+            if lengths := layout.lengths(shape, size):
+                self.sizes[name] = lengths
 
     def enter(self, x: Tensor, training: bool) -> Tensor:
         """The input of a column-wise layer: I -> R, shared among siblings."""
@@ -171,7 +171,11 @@ class ParallelStyle(nn.Module):
 
     @classmethod
     def local_attributes(cls, module: nn.Module, local: Local) -> dict[str, int | None]:
-        """Attributes of `module` that its code reads and that must become local, by name."""
+        """Attributes of `module` that its code reads and that must become local, by name.
+
+        Asked once for modules of the same class, config and layouts whose own numbers and strings are the same, so these and
+        `local` are what the answer may depend on.
+        """
         return {}
 
     @classmethod

@@ -67,11 +67,12 @@ def latent_attention(
         "kv_a_proj_with_mqa": ("mla_kv_a_proj_gather_output" if gathered else "mla_kv_a_proj", reason),
         "o_proj": ("rowwise", MISSING),
     }
+    known = _modules(model)
     return [
         rule(f"{prefix}{place}.{child}", style, reason)
         for place in places(model, path, having="kv_b_proj")
         for child, (style, reason) in styles.items()
-        if _has(model, place, child)
+        if f"{place}.{child}" in known
     ]
 
 
@@ -92,7 +93,7 @@ def mixer(model: nn.Module, prefix: str, path: str, reason: str, gathered: Seque
     """A mixer that is computed whole on every rank: of its projections called `gathered` the weights are cut and the outputs
     gathered, every other parameter at and below `path` is kept whole on purpose.
     """
-    cut = {f"{place}.{child}" for place in places(model, path, having) for child in gathered if _has(model, place, child)}
+    cut = {f"{place}.{child}" for place in places(model, path, having) for child in gathered} & _modules(model)
     return [
         *(rule(prefix + name, "colwise_gather_output", reason) for name in sorted(cut)),
         *(found for found in whole(model, prefix, path, reason, having) if not _below(found.pattern, prefix, cut)),
@@ -109,9 +110,9 @@ def whole(model: nn.Module, prefix: str, path: str, reason: str, having: str = "
     return [rule(prefix + name, "replicate", reason) for name in found]
 
 
-def _has(model: nn.Module, place: str, child: str) -> bool:
-    wanted = f"{place}.{child}"
-    return any(wanted in (name, wildcard(name)) for name, _ in model.named_modules())
+def _modules(model: nn.Module) -> set[str]:
+    """The names of all modules, and their families."""
+    return {known for name, _ in model.named_modules() for known in (name, wildcard(name))}
 
 
 def _below(pattern: str, prefix: str, modules: set[str]) -> bool:

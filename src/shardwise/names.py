@@ -1,0 +1,37 @@
+"""The names in a model, found by pattern: once a family of layers, not once a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from shardwise.plan import wildcard
+from shardwise.spec import Rule
+
+
+class Names:
+    """Names of modules, parameters and buffers.
+
+    Args:
+        names: dotted names, each once.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._families: dict[str, dict[str, None]] = {}
+        for name in names:
+            self._families.setdefault(wildcard(name), {})[name] = None
+
+    def families(self) -> list[str]:
+        """One name for all that differ in their numbers alone."""
+        return list(self._families)
+
+    def matching(self, rule: Rule) -> list[str]:
+        """The names that `rule` matches."""
+        wanted = rule.pattern.split(".")
+        if "*" not in wanted:  # a rule for one layer alone: there may be as many of these as there are layers
+            return [rule.pattern] if rule.pattern in self._families.get(wildcard(rule.pattern), {}) else []
+        families = (family for family in self._families if _may_match(wanted, family.split(".")))
+        return [name for family in families for name in self._families[family] if rule.matches(name)]
+
+
+def _may_match(wanted: list[str], family: list[str]) -> bool:
+    return len(wanted) == len(family) and all("*" in (w, f) or w == f for w, f in zip(wanted, family, strict=True))
