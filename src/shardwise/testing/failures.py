@@ -11,11 +11,13 @@ from types import TracebackType
 
 from shardwise.errors import ShardwiseError
 
-# What the remaining ranks are told when another one is gone: a consequence, never the cause. (gloo, nccl, threads)
+# What the remaining ranks are told when another one is gone: a consequence, never the cause. (gloo, shm, nccl, threads)
 _ECHOES = (
     "Connection closed by peer",
     "Connection reset by peer",
     "Broken pipe",
+    "is gone: its process has ended",
+    "has left the group",
     "NCCL communicator was aborted",
     "Test termination event occurs",
 )

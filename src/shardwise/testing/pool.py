@@ -152,7 +152,7 @@ class RankPool:
         silent = [rank for rank in range(self.size) if rank not in replies and rank not in dead]
         calls = [replies[rank].calls if rank in replies else None for rank in range(self.size)]
         stacks = self._stacks(silent) if silent and not failures else {}
-        if silent or dead or len(set(calls)) > 1 or (self.backend == "gloo" and None in calls):
+        if silent or dead or len(set(calls)) > 1 or (self._counts and None in calls):
             self.close()
         if failures:
             raise rank_error(failures, self.size, silent)
@@ -161,6 +161,11 @@ class RankPool:
         if len(set(calls)) > 1:
             raise MismatchError(f"the ranks returned after different numbers of collective calls: {calls}, in rank order.")
         return [replies[rank] for rank in range(self.size)]
+
+    @property
+    def _counts(self) -> bool:
+        """Whether the backend's collectives are counted."""
+        return self.backend is not None and (self.backend == "gloo" or "shm" in self.backend)
 
     def _collect(self, timeout: float) -> tuple[dict[int, Reply], dict[int, Failure]]:
         replies: dict[int, Reply] = {}

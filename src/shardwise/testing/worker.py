@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from shardwise.shm import ShmGroup
 from shardwise.testing.failures import Failure
 
 
@@ -40,7 +41,7 @@ class Reply:
 
     Args:
         calls: how many collectives this rank has called on the default group so far; ranks that differ are out of step. None
-            where that is not known.
+            where that is not known, or the group is broken.
     """
 
     result: object
@@ -150,7 +151,12 @@ class _Counted:
 
 
 def _calls() -> int | None:
-    if not dist.is_initialized() or dist.get_backend() != "gloo":
+    if not dist.is_initialized():
+        return None
+    group = dist.group.WORLD
+    if isinstance(group, ShmGroup):
+        return group.calls
+    if dist.get_backend() != "gloo":
         return None
     backend = dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu"))
     messages = sum(fn.calls for fn in (dist.send, dist.recv, dist.isend, dist.irecv) if isinstance(fn, _Counted))
