@@ -12,6 +12,7 @@ from shardwise.coverage import check_coverage
 from shardwise.errors import PlanError, describe
 from shardwise.generation import same_random_state
 from shardwise.hf import base_prefixes, build_on_meta, check_head, has_expert_plan, model_rules
+from shardwise.layers import ColwiseParallel
 from shardwise.layers.registry import style_named
 from shardwise.mesh import expert_axis, local_device, tp_mesh
 from shardwise.model import ShardedModel
@@ -62,7 +63,12 @@ def make_plan(
 
 
 def parallelize(
-    model: nn.Module, mesh: DeviceMesh | None = None, plan: PlanLike = "auto", *, ep_size: int | None = None
+    model: nn.Module,
+    mesh: DeviceMesh | None = None,
+    plan: PlanLike = "auto",
+    *,
+    ep_size: int | None = None,
+    overlap: bool = False,
 ) -> nn.Module:
     """Turn a model that every rank has in memory into each rank's part of it, in place, and return it.
 
@@ -72,6 +78,9 @@ def parallelize(
             started.
         plan: as in `shardwise.plan`.
         ep_size: as in `shardwise.plan`.
+        overlap: in training, the all-reduce of an input's gradient runs while the weights' gradients of the linears that read
+            the input are computed. The same collectives and gradients; worth it where an all-reduce takes longer than some
+            ten microseconds of host time a linear. Compiled code is as without.
 
     What is on meta stays there, at its local shape: `model.to_empty(device=...)` then gives memory of that shape, for buffers
     too, whose values are the caller's to fill in. Everything else goes to the rank's device.
@@ -85,7 +94,8 @@ def parallelize(
         return model
     refuse_parallel(model)
     table = make_plan(model, axis.size(), plan, ep_size=ep_size)
-    state = ModelState(table, axis, expert_axis(axis, table.ep_size))
+    check_overlap(table, overlap)
+    state = ModelState(table, axis, expert_axis(axis, table.ep_size), overlap)
     meet(state.ep, "parallelize", START_TIMEOUT)
     check_same_weights(model, state.ep)
     device = local_device(axis)
@@ -130,6 +140,19 @@ def asked_ep_size(plan: PlanLike | None, ep_size: object) -> int | None:
     if ep_size is not None and (not isinstance(ep_size, int) or isinstance(ep_size, bool) or ep_size < 1):
         raise PlanError(f"ep_size={ep_size!r}: the number of ranks to which experts are dealt is an integer of at least 1.")
     return None if ep_size == 1 else ep_size
+
+
+def check_overlap(table: Plan, overlap: object) -> None:
+    """Raise `PlanError` for an `overlap` that is neither True nor False, or that `table` has nothing for."""
+    if not isinstance(overlap, bool):
+        raise PlanError(f"overlap={overlap!r}: True or False.")
+    if overlap and not any(issubclass(row.style, ColwiseParallel) for row in table.modules):
+        raise PlanError(
+            describe(
+                "overlap=True would do nothing: the plan has no column-wise linear layer, whose input's gradient is summed.",
+                either=["leave it out, or", 'give linear layers the style "colwise"'],
+            )
+        )
 
 
 def _check_experts(model: nn.Module, tp_size: int, ep_size: int | None, rules: list[Rule]) -> None:

@@ -10,7 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from shardwise.errors import PlanError, ShardwiseError, describe
-from shardwise.layers import LocalConfig, ParallelStyle, Region, ShardState, is_parallel, original_class, parallel_class
+from shardwise.layers import (
+    ColwiseParallel,
+    LocalConfig,
+    OverlappedLinear,
+    OverlappedRegion,
+    ParallelStyle,
+    Region,
+    ShardState,
+    can_overlap,
+    is_parallel,
+    original_class,
+    parallel_class,
+)
 from shardwise.plan import Plan
 from shardwise.spec import ModuleSpec, ShardSpec, sums_gradient
 
@@ -30,11 +42,13 @@ class ModelState:
         plan: the table.
         mesh: the tp axis, whose ranks compute the same tokens.
         ep: the ranks to which experts are dealt: the tp axis, or several neighbouring ones. A rank's model lies on all of them.
+        overlap: the all-reduces of input gradients overlap with weight gradients.
     """
 
     plan: Plan
     mesh: DeviceMesh
     ep: DeviceMesh
+    overlap: bool = False
 
     def axis_of(self, row: ShardSpec | ModuleSpec) -> DeviceMesh:
         """The mesh that `row` lies on."""
@@ -62,7 +76,7 @@ def apply_plan(model: nn.Module, state: ModelState, read: ReadShard, root: type[
     regions: dict[str, Region] = {}
     for row in plan.modules:
         module, parent = model.get_submodule(row.name), row.name.rpartition(".")[0]
-        region = regions.setdefault(parent, Region(row.local_dropout)) if row.region else None
+        region = regions.setdefault(parent, _region(row, state.overlap)) if row.region else None
         _parallelize_module(module, row, state, region)
     if root is not None and not is_parallel(model):
         model.__dict__["_tp"] = ShardState(mesh, mesh)
@@ -182,6 +196,10 @@ def _replace_tensors(model: nn.Module, plan: Plan, read: ReadShard) -> None:
             (group._buffers if row.buffer else group._parameters)[child] = new  # type: ignore[assignment]
 
 
+def _region(row: ModuleSpec, overlap: bool) -> Region:
+    return OverlappedRegion(row.local_dropout) if overlap else Region(row.local_dropout)
+
+
 def _parallelize_module(module: nn.Module, row: ModuleSpec, model: ModelState, region: Region | None) -> None:
     plan, mesh, own = model.plan, model.axis_of(row), {}
     for child in (*module._parameters, *module._buffers):
@@ -194,7 +212,12 @@ def _parallelize_module(module: nn.Module, row: ModuleSpec, model: ModelState, r
         _set_local(module, attribute, values[mesh.get_local_rank()], state)
     summed = tuple(child for child, spec in own.items() if not spec.buffer and sums_gradient(spec, plan.size, plan.ep_size))
     module.__dict__["_tp"] = state
-    module.__class__ = parallel_class(row.style, type(module), summed)
+    late = model.overlap and not summed and issubclass(row.style, ColwiseParallel) and can_overlap(module)
+    module.__class__ = parallel_class(row.style, type(module), summed, (OverlappedLinear,) if late else ())
+    if isinstance(module, OverlappedLinear):
+        state.region = region = region or OverlappedRegion(alone=True)
+        assert isinstance(region, OverlappedRegion)
+        region.join(module)
 
 
 def _leave_experts_to_us(model: nn.Module, state: ModelState) -> None:

@@ -54,6 +54,7 @@ from shardwise.layers.linear import (
     RowwiseSplitInput,
     stores_transposed,
 )
+from shardwise.layers.overlap import OverlappedLinear, OverlappedRegion, can_overlap
 from shardwise.layers.region import Region
 from shardwise.layers.replicated import (
     AllReduceParallel,
@@ -117,6 +118,8 @@ __all__ = [
     "MlaKvAProjParallel",
     "MoeExpertsParallel",
     "MoeIdentityExpert",
+    "OverlappedLinear",
+    "OverlappedRegion",
     "PackedColwiseParallel",
     "PackedRowwiseParallel",
     "ParallelStyle",
@@ -128,6 +131,7 @@ __all__ = [
     "RowwiseSplitInput",
     "SequenceParallel",
     "ShardState",
+    "can_overlap",
     "is_parallel",
     "original_class",
     "parallel_class",

@@ -188,33 +188,39 @@ class ParallelStyle(nn.Module):
         return f"{own}, tp={self._tp.mesh.size()}" if own else f"tp={self._tp.mesh.size()}"
 
 
-Recipe = tuple[type[ParallelStyle], type[nn.Module], tuple[str, ...]]
+Recipe = tuple[type[ParallelStyle], type[nn.Module], tuple[str, ...], tuple[type[ParallelStyle], ...]]
 
 
-def parallel_class(style: type[ParallelStyle], base: type[nn.Module], summed: tuple[str, ...] = ()) -> type[nn.Module]:
+def parallel_class(
+    style: type[ParallelStyle],
+    base: type[nn.Module],
+    summed: tuple[str, ...] = (),
+    between: tuple[type[ParallelStyle], ...] = (),
+) -> type[nn.Module]:
     """The class of a `base` module under `style`: the same object for the same arguments, or torch.compile would recompile.
 
     Args:
         style: what to mix in front.
         base: the module's own class.
         summed: parameters of which each rank's gradient is a part: reading one gives a value whose gradient is summed.
+        between: what to mix in between the two, whose `super().forward` is the module's own.
     """
-    return _make_class((style, base, summed))
+    return _make_class((style, base, summed, between))
 
 
 @cache
 def _make_class(recipe: Recipe) -> type[nn.Module]:
-    style, base, summed = recipe
+    style, base, summed, between = recipe
     namespace: dict[str, object] = {name: _summed_parameter(name) for name in summed}
     namespace |= {"__module__": base.__module__, "_recipe": recipe, "__reduce_ex__": _reduce_parallel}
     if summed:
-        namespace["forward"] = _summing_forward(style, base)
-    return type(f"{style.prefix}{base.__name__}", (style, base), namespace)
+        namespace["forward"] = _summing_forward(style, *between, base)
+    return type(f"{style.prefix}{base.__name__}", (style, *between, base), namespace)
 
 
-def _summing_forward(style: type[ParallelStyle], base: type[nn.Module]) -> Callable[..., Any]:
+def _summing_forward(*bases: type[nn.Module]) -> Callable[..., Any]:
     # Elsewhere `module.weight` is the parameter itself: to be frozen, penalised, given to an optimizer.
-    inner: Any = type(style.__name__, (style, base), {})
+    inner: Any = type(bases[0].__name__, bases, {})
 
     def forward(self: ParallelStyle, *args: Any, **kwargs: Any) -> Any:
         earlier = self._tp.summed
@@ -254,6 +260,6 @@ def _reduce_parallel(module: nn.Module, protocol: int) -> tuple[object, ...]:
     return _rebuild, vars(type(module))["_recipe"], module.__dict__
 
 
-def _rebuild(style: type[ParallelStyle], base: type[nn.Module], summed: tuple[str, ...]) -> nn.Module:
-    kind = parallel_class(style, base, summed)
+def _rebuild(*recipe: Any) -> nn.Module:
+    kind = parallel_class(*recipe)
     return kind.__new__(kind)
