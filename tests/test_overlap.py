@@ -96,7 +96,7 @@ def _train(data: list[Tensor], model: nn.Module) -> dict[str, Tensor]:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
 def test_gradients_of_layers(threads, kind, bias, shape):
-    """Guards: the gradient of a transposed weight (GPT-2) left untransposed; a missing bias; inputs of other numbers of dims."""
+    """Guards: the gradient of a transposed weight (GPT-2) left untransposed; a missing bias; inputs of other dims."""
     module = randomize(nn.Sequential(Mlp(kind=kind, bias=bias)))
     same(threads, 2, module, under("0", MLP_PLAN), partial(_train, [x(*shape)]))
 
@@ -152,7 +152,7 @@ class Own(nn.Linear):
         return 3 * super().forward(input)
 
 
-WIDE_PLAN = {name: "colwise" for name in ("a", "b", "c", "d", "never", "own")} | {"down": "rowwise"}
+WIDE_PLAN = dict.fromkeys(("a", "b", "c", "d", "never", "own"), "colwise") | {"down": "rowwise"}
 
 
 def test_siblings_called_never_twice_or_for_nothing(threads):
@@ -192,6 +192,8 @@ class Adapted(nn.Module):
         super().__init__()
         self.base_layer = base.requires_grad_(False)
         self.down, self.up = nn.Linear(12, 2, bias=False).double(), nn.Linear(2, base.out_features, bias=False).double()
+        for weight in (self.down.weight, self.up.weight):  # ranks that are threads draw from one random stream
+            nn.init.constant_(weight, 0.1)
 
     def forward(self, x: Tensor) -> Tensor:
         """As the base layer, and a bit more."""
@@ -330,8 +332,8 @@ def test_autocast(threads, dtype):
 
 
 def test_autocast_and_a_weight_that_is_read_again(threads):
-    """Guards: a cast weight without a gradient, left in autocast's cache for the next who reads it. The plain path adds what
-    the two give in bfloat16, so they differ by its noise, and more than half of the gradient would be lost.
+    """Guards: a cast weight without a gradient, left in the cache of torch's older autocasts for the next who reads it. The
+    plain path adds what the two give in bfloat16, so they differ by its noise; more than half of the gradient would be lost.
     """
     module, data = randomize(nn.Sequential(Mlp())).float(), x(4, 6).float()
 

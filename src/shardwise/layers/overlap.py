@@ -5,11 +5,11 @@
           :       :      └── product(v) ── ...     weight's gradient takes; `start` starts the all-reduce of the sum; the
     weight gradients of q, k, v                    weight gradients are computed; `wait` waits, and hands the sum on to x
 
-Each arrow is an ordinary edge of autograd, so what is right does not hang on the order in which these nodes run: a weight's
-gradient needs its product, x's needs `wait`, that needs `start`. The order makes the overlap: of the nodes that are ready
-autograd runs first the one that was made last, and forward makes them as `wait`, weight gradients, `start`, products. Hooks on
-parameters (DDP's, FSDP2's, a user's) see what they see without; nothing more is sent, in the same order. Asynchronous gradient
-all-reduce as in Megatron-LM (Narayanan et al. 2021, arXiv:2104.04473).
+All dependencies are ordinary edges of autograd: a weight's gradient needs its product, x's needs `wait`, that needs `start`.
+The overlap comes from the order: of the nodes that are ready autograd runs first the one that was made last, and forward makes
+them as `wait`, weight gradients, `start`, products. So the weights have their gradients before x has its own, as without, and
+hooks (DDP's, FSDP2's, a user's) see what they see without; nothing more is sent, in the same order. The asynchronous
+all-reduce is Megatron-LM's (Narayanan et al. 2021, arXiv:2104.04473).
 """
 
 from __future__ import annotations
@@ -208,7 +208,8 @@ class ColwiseProduct(torch.autograd.Function):
         cached = torch.is_autocast_enabled(x.device.type) and torch.is_autocast_cache_enabled()
         if not cached:
             return _product(x, weight, bias, late.transposed)
-        # Grad mode is off here: a cast weight that autocast kept would have no gradient for whoever reads the weight next.
+        # Grad mode is off here: older autocasts would keep a cast weight without gradient for whoever reads the weight next
+        # (pytorch/pytorch#165068).
         torch.set_autocast_cache_enabled(False)
         try:
             return _product(x, weight, bias, late.transposed)
