@@ -13,7 +13,7 @@ from pathlib import Path
 from benchmarks import document, plots, report
 from benchmarks.contenders import CONTENDERS, PEERS
 from benchmarks.driver import Found, Run
-from benchmarks.environments import installed_torch
+from benchmarks.environments import NoEnvironment, installed_torch
 from benchmarks.results import FOLDER, Result, machine
 from benchmarks.workload import Workload
 from benchmarks.workloads import WORKLOADS
@@ -57,7 +57,10 @@ def measure(arguments: argparse.Namespace) -> None:
     """Run the workloads, writing what is there after every case."""
     peers = () if arguments.effort == "tiny" else arguments.against or PEERS
     taking_part = [name for name, contender in CONTENDERS.items() if not contender.peer or name in peers]
-    pythons = {name: CONTENDERS[name].environment.python(arguments.torch) for name in taking_part}
+    try:
+        pythons = {name: CONTENDERS[name].environment.python(arguments.torch) for name in taking_part}
+    except NoEnvironment as error:
+        raise SystemExit(f"{error}") from None
     began = time.monotonic()
 
     def say(what: str) -> None:

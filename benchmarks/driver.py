@@ -20,11 +20,12 @@ START, PREPARE, ROUND = 300.0, 1200.0, 900.0
 
 @dataclass
 class Found:
-    """Of one contender in one case: for each figure the median of every round's steps, and facts that have no rounds."""
+    """Of one contender in one case: for each figure the median of every round's steps, facts that have no rounds, and notes."""
 
     versions: dict[str, str] = field(default_factory=dict)
     error: str = ""
     facts: dict[str, float] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
     rounds: dict[str, list[float]] = field(default_factory=dict)
 
     def add(self, replies: list[Reply]) -> None:
@@ -56,7 +57,7 @@ class Run:
     ) -> None:
         """Measure all cases, those of the same ranks one after the other, and hand each workload's results to `save`."""
         jobs = [(workload, case) for workload in workloads for case in workload.cases if self._wanted(case, large)]
-        write_checkpoints([case.model for _, case in jobs], self.folder)
+        write_checkpoints([model for _, case in jobs for model in (case.model, *case.also)], self.folder)
         order = list(dict.fromkeys(case.ranks for _, case in jobs))
         found: dict[str, dict[str, dict[str, Found]]] = {}
         try:
@@ -68,7 +69,7 @@ class Run:
             self._close(list(self.groups))
 
     def _wanted(self, case: Case, large: bool) -> bool:
-        return (large or not case.large) and (self.effort == "full" or not case.only_full)
+        return (large or not case.large) and self.effort in case.efforts
 
     def _case(self, workload: Workload, case: Case) -> dict[str, Found]:
         rounds, steps = workload.effort(self.effort)
@@ -90,9 +91,10 @@ class Run:
 
     def _prepare(self, name: str, case: Case, found: Found) -> None:
         def note(replies: list[Reply]) -> None:
-            facts = replies[0]["facts"]
+            facts, notes = replies[0]["facts"], replies[0]["notes"]
             assert isinstance(facts, dict)
-            found.facts = facts
+            assert isinstance(notes, dict)
+            found.facts, found.notes = facts, notes
 
         if self.groups[name].error:
             found.error = self.groups[name].error

@@ -7,12 +7,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 
-def local_head(model: PreTrainedModel, size: int) -> PreTrainedModel:
-    """Give `model`, in place, a head of one rank of `size`: the loss stays that over the whole vocabulary, as on a rank."""
-    whole = model.lm_head
-    local = WholeWidth(whole.in_features, whole.out_features // size, bias=False, dtype=whole.weight.dtype)
-    local.copies = size
-    model.lm_head = local
+def widen_head(model: PreTrainedModel, size: int) -> PreTrainedModel:
+    """Let the head of `model`, whose vocabulary is that of one rank of `size`, give as many logits as all have, in place.
+
+    So the loss is that over the whole vocabulary, as on a rank. The tokens must be of this rank's part.
+    """
+    model.lm_head.__class__ = WholeWidth
+    model.lm_head.copies = size
+    model.config.vocab_size = model.vocab_size = model.config.vocab_size * size
     return model
 
 

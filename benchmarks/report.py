@@ -52,7 +52,7 @@ def setting(result: Result) -> str:
 
 
 def figures(workload: Workload, result: Result, case: str) -> list[str]:
-    """The table of a case: a row for each contender, a column for each figure that some contender has."""
+    """The table of a case: a row for each contender, a column for each figure that some contender has; notes below."""
     contenders = result.cases[case]
     there = [
         what for what in workload.figures if any(what in found.rounds or what in found.facts for found in contenders.values())
@@ -63,7 +63,11 @@ def figures(workload: Workload, result: Result, case: str) -> list[str]:
     heads = ["", *(workload.figures[what] for what in there)]
     heads[2:2] = ["x floor"] if against_floor else []
     heads += ["published"] if workload.published else []
-    return table(heads, [_row(workload, result, case, name, there, against_floor) for name in contenders])
+    rows = [_row(workload, result, case, name, there, against_floor) for name in contenders]
+    notes = [
+        f"- {CONTENDERS[name].label}: {what}: {why}" for name, found in contenders.items() for what, why in found.notes.items()
+    ]
+    return [*table(heads, rows), *([""] if notes else []), *notes]
 
 
 def _row(workload: Workload, result: Result, case: str, name: str, there: list[str], against_floor: bool) -> list[str]:

@@ -33,7 +33,7 @@ class Worker:
         self.prepared: Prepared | None = None
 
     def prepare(self, task: str, model: str, options: dict[str, object]) -> Reply:
-        """Make a step of a task ready. The facts that it finds on the way are the answer."""
+        """Make a step of a task ready. The facts that it finds on the way, and notes, are the answer."""
         torch.manual_seed(0)
         try:
             self.prepared = import_module(f"benchmarks.tasks.{task}").prepare(self.adapter, Path(model), **options)
@@ -42,7 +42,7 @@ class Worker:
             raise
         gc.collect()
         gc.freeze()
-        return {"facts": self.prepared.facts}
+        return {"facts": self.prepared.facts, "notes": self.prepared.notes}
 
     def round(self, steps: int) -> Reply:
         """The figures of some steps, by step."""

@@ -30,9 +30,10 @@ class Case:
     Args:
         task: the module of `benchmarks.tasks`.
         options: that the task is prepared with.
+        also: models whose checkpoints the task needs beside that of `model`.
         contenders: left out: those of the workload.
-        least: the effort from which on the case is measured.
-        quick: changes to `options` where little time is to be spent.
+        large: only measured when large ones are asked for.
+        efforts: for which it is measured.
     """
 
     name: str
@@ -40,9 +41,10 @@ class Case:
     model: Model
     ranks: Ranks
     options: dict[str, object] = field(default_factory=dict)
+    also: tuple[Model, ...] = ()
     contenders: tuple[str, ...] = ()
     large: bool = False
-    only_full: bool = False
+    efforts: tuple[Effort, ...] = ("tiny", "quick", "full")
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,6 @@ class Target:
         what: the figure, as the task calls it.
         limit: at most this much, or at least, for `at_least`.
         against: a contender, or `"best peer"`; empty where the figure itself is limited.
-        plus: a fact or figure may exceed that of `against` by this much, instead of by a factor.
         cases: by default all.
     """
 

@@ -29,8 +29,17 @@ class Adapter:
         model.save_pretrained(folder)
 
     def clip(self, model: nn.Module, max_norm: float) -> None:
-        """Clip the gradients by their norm, as one would with this contender. Collective."""
-        torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        """Clip the gradients by their norm, as one would with this contender. Collective.
+
+        Norms of DTensors and of other tensors are taken apart, as torch refuses to mix them, and put together.
+        """
+        groups: dict[type, list[nn.Parameter]] = {}
+        for parameter in model.parameters():
+            groups.setdefault(type(parameter.data), []).append(parameter)
+        norms = [torch.nn.utils.get_total_norm([one.grad for one in group]) for group in groups.values()]
+        norm = torch.linalg.vector_norm(torch.stack([getattr(one, "full_tensor", lambda one=one: one)() for one in norms]))
+        for group in groups.values():
+            torch.nn.utils.clip_grads_with_norm_(group, max_norm, norm)
 
 
 def shapes(folder: Path) -> dict[str, object]:

@@ -8,9 +8,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from benchmarks.adapters.base import Adapter
-from benchmarks.floor import local_head
+from benchmarks.floor import widen_head
 
-DIVIDED = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "moe_intermediate_size")
+DIVIDED = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "moe_intermediate_size", "vocab_size")
 
 
 class Floor(Adapter):
@@ -21,10 +21,10 @@ class Floor(Adapter):
         self.size = size
 
     def build(self, folder: Path, expert_parallel: bool = False) -> PreTrainedModel:
-        """A model whose layers have the shapes of one rank of `size`; embedding and norms are whole, as in the peers."""
+        """A model whose layers have the shapes of one rank of `size`; only norms and routers are whole."""
         config = cut(AutoConfig.from_pretrained(folder), self.size)
         torch.manual_seed(0)
-        return local_head(AutoModelForCausalLM.from_config(config, dtype=config.dtype), self.size)
+        return widen_head(AutoModelForCausalLM.from_config(config, dtype=config.dtype), self.size)
 
 
 def cut(config: PreTrainedConfig, size: int) -> PreTrainedConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel
 
 from benchmarks.adapters.whole import Whole
@@ -17,8 +18,7 @@ class Plain(Whole):
         """One file."""
         with (folder / "bytes").open("wb") as file:
             for parameter in model.parameters():
-                tensor = parameter.detach().contiguous()
-                file.write(memoryview(tensor.untyped_storage()).cast("B"))
+                file.write(parameter.detach().view(-1).view(torch.uint8).numpy())
             file.flush()
             os.fsync(file.fileno())
 

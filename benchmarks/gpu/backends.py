@@ -13,7 +13,7 @@ from transformers import __version__ as version
 from transformers.distributed import DistributedConfig
 
 import shardwise
-from benchmarks.floor import WholeWidth
+from benchmarks.floor import widen_head
 from benchmarks.gpu.sizes import Size
 from shardwise.testing.fake import fake_rank
 
@@ -74,7 +74,4 @@ def floor(size: Size, tp: int, dtype: torch.dtype, device: str) -> PreTrainedMod
     """
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(size.config(tp), dtype=dtype)
-    model.lm_head.__class__ = WholeWidth
-    model.lm_head.copies = tp
-    model.config.vocab_size = model.vocab_size = size.shapes["vocab_size"]
-    return model.train()
+    return widen_head(model, tp).train()

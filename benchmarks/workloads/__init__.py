@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from benchmarks.workloads import host
+from benchmarks.workloads import experts, files, host, ranks
 
-WORKLOADS = {workload.name: workload for workload in host.WORKLOADS}
+WORKLOADS = {workload.name: workload for module in (host, ranks, files, experts) for workload in module.WORKLOADS}
