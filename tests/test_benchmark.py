@@ -5,15 +5,24 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks import document, targets
+from benchmarks.adapters.floor import cut
 from benchmarks.driver import Found
+from benchmarks.floor import widen_head
+from benchmarks.memory import Watch
 from benchmarks.results import Result
+from benchmarks.tasks.collectives import Count
 from benchmarks.workload import Target
 from benchmarks.workloads import WORKLOADS
+from shardwise.testing.fake import fake_rank
 
 ROOT = Path(__file__).parents[1]
 
@@ -88,3 +97,42 @@ def test_what_was_not_measured_is_not_met():
     result = Result("host-training", "tiny", cases={"case": {"shardwise": Found(error="out of memory", rounds={"ms": [1.0]})}})
     verdict = targets._verdict(WORKLOADS["host-training"], Target("ms", 2.0), result, "case")
     assert (verdict.value, verdict.met, verdict.said) == (None, False, "not measured")
+
+
+def test_a_collective_is_counted_once_however_it_is_called():
+    """Guards: calls that the count does not see, or sees twice: once as what was called and once as what that calls."""
+    with fake_rank(4):
+        group, part, whole = dist.group.WORLD, torch.zeros(256), torch.zeros(1024)
+        with Count() as counted:
+            dist.all_reduce(whole)
+            torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_reduce(part, "sum", group.group_name))
+            dist.all_gather_single(whole, part)
+            dist.reduce_scatter_single(part, whole)
+            dist.all_to_all_single(torch.empty_like(whole), whole)
+    assert counted.found == {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1, "all-to-all": 1, "KiB": 4 + 1 + 1 + 4 + 4}
+
+
+def test_memory_that_is_freed_again_is_seen():
+    """Guards: a peak between two looks of this process at itself; a peak that is that of the time before."""
+    with Watch() as watch:
+        held = bytearray(64 * 2**20)
+        time.sleep(0.1)
+        del held
+    assert 64 * 2**20 <= watch.most["RssAnon"] - watch.before["RssAnon"] < 72 * 2**20
+    assert watch.after["RssAnon"] - watch.before["RssAnon"] < 8 * 2**20
+
+
+def test_the_floor_has_a_ranks_shapes_and_all_logits():
+    """Guards: a bound that computes more, or less, than a rank does."""
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_attention_heads=8, num_key_value_heads=8, num_hidden_layers=1, vocab_size=256
+    )
+    model = widen_head(AutoModelForCausalLM.from_config(cut(config, 4)), 4)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    assert shapes["model.layers.0.self_attn.q_proj.weight"] == (16, 64)
+    assert shapes["model.layers.0.mlp.down_proj.weight"] == (64, 32)
+    assert shapes["lm_head.weight"] == shapes["model.embed_tokens.weight"] == (64, 64)
+    ids = torch.arange(8).view(1, 8)
+    found = model(input_ids=ids, labels=ids)
+    assert found.logits.shape == (1, 8, 256)
+    found.loss.backward()

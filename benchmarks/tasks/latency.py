@@ -43,8 +43,8 @@ def make(kind: str, size: int) -> Callable[[], object]:
     part: Tensor = torch.zeros(size // 4 // dist.get_world_size())
     return {
         "all-reduce": lambda: dist.all_reduce(whole),
-        "all-gather": lambda: dist.all_gather_into_tensor(whole, part),
-        "reduce-scatter": lambda: dist.reduce_scatter_tensor(part, whole),
+        "all-gather": lambda: dist.all_gather_single(whole, part),
+        "reduce-scatter": lambda: dist.reduce_scatter_single(part, whole),
         "broadcast": lambda: dist.broadcast(whole, 0),
         "all-to-all": lambda: dist.all_to_all_single(whole.clone(), whole),
     }[kind]
