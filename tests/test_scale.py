@@ -153,3 +153,11 @@ def test_unparallelize_on_meta():
     ordinary = build_on_meta(tiny("llama"))
     assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in ordinary.named_parameters()}
     assert {p.device.type for p in model.parameters()} == {"meta"}
+
+
+def test_a_model_that_is_built_and_cut_under_meta():
+    """Guards: what the ranks compare, made on meta because everything is under `torch.device("meta")`, and unreadable there."""
+    with fake_rank(2), torch.device("meta"):
+        model = shardwise.AutoModelForCausalLM.from_config(tiny("llama"), tp_plan="auto")
+        assert model.model.layers[0].mlp.up_proj.weight.shape == (48, 64)
+    assert {p.device.type for p in model.parameters()} == {"meta"}

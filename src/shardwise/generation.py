@@ -38,8 +38,8 @@ def _same_numpy_state(mesh: DeviceMesh) -> None:
     state = np.random.get_state(legacy=False)
     generator = state["state"]
     bits = np.float64(state["gauss"]).view(np.int64)
-    numbers = torch.tensor([*generator["key"].tolist(), generator["pos"], state["has_gauss"], int(bits)])
-    numbers = numbers.to(local_device(mesh))
+    found = [*generator["key"].tolist(), generator["pos"], state["has_gauss"], int(bits)]
+    numbers = torch.tensor(found, device=local_device(mesh))
     dist.broadcast(numbers, group=mesh.get_group(), group_src=0)
     *key, position, has_gauss, gauss = numbers.tolist()
     first = {"key": np.array(key, dtype=np.uint32), "pos": position}

@@ -23,7 +23,7 @@ def check_same_weights(model: nn.Module, mesh: DeviceMesh) -> None:
     # By name: a model may register its buffers in the order of a set, which is another one in every process.
     everything = sorted((*model.named_parameters(), *model.named_buffers()), key=lambda item: item[0])
     named = {name: tensor for name, tensor in everything if not tensor.is_meta}
-    sums = torch.tensor([len(named), *(checksum(tensor) for tensor in named.values())], dtype=torch.int64)
+    sums = torch.tensor([len(named), *(checksum(tensor) for tensor in named.values())], dtype=torch.int64, device="cpu")
     if (rank := first_difference(sums[:1], mesh)) is not None:
         raise MismatchError(
             f"Rank {rank} has another number of parameters and buffers than rank 0: build the same model on every rank."

@@ -1,0 +1,137 @@
+"""`python -m benchmarks.scale.worker MODEL TP EP [TOKENS]`: measure one case in this process, and print it as JSON."""
+
+from __future__ import annotations
+
+import copy
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+import shardwise
+from benchmarks.scale.models import CONFIGS, Case
+from benchmarks.scale.traffic import Count
+from shardwise.layers.dispatch import Dispatch, _Route
+from shardwise.mesh import tp_mesh
+from shardwise.testing.fake import fake_rank
+
+_Result = TypeVar("_Result")
+
+
+def main() -> None:
+    """Measure the case of the command line."""
+    model, tp, ep, *tokens = sys.argv[1:]
+    case = Case(model, int(tp), int(ep) or None)
+    print(json.dumps(measure(case, CONFIGS[model], *map(int, tokens))))
+
+
+def measure(case: Case, config: PreTrainedConfig, tokens: int = 0) -> dict[str, object]:
+    """The figures of `config` in `case`: seconds, MiB of this process, bytes of a rank; with `tokens`, what a step sends, too.
+
+    The code is imported before, by a model of one layer.
+    """
+    _warm_up(config, case)
+    start = resident()
+    plan, plan_seconds = timed(lambda: shardwise.plan(config, case.tp, ep_size=case.ep))
+    plan_mib = peak() - start
+    _, print_seconds = timed(lambda: str(plan))
+    with fake_rank(case.ranks):
+        mesh = tp_mesh(case.tp, ep_size=case.ep)
+        model, build_seconds = timed(lambda: build(config))
+        _, parallelize_seconds = timed(lambda: shardwise.parallelize(model, mesh, ep_size=case.ep))
+        held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+        assert held == plan.local_bytes(0), "the plan says otherwise"
+        construct_mib = peak() - start
+        counted, step_seconds = timed(lambda: step(model, tokens)) if tokens else (Count(), 0.0)
+    ranks = [plan.local_bytes(rank) for rank in range(case.ranks)]
+    return {
+        "layers": config.num_hidden_layers,
+        "tokens": tokens,
+        "plan_s": plan_seconds,
+        "print_s": print_seconds,
+        "build_s": build_seconds,
+        "parallelize_s": parallelize_seconds,
+        "step_s": step_seconds,
+        "plan_mib": plan_mib,
+        "construct_mib": construct_mib,
+        "step_mib": peak() - start,
+        "full_bytes": plan.full_bytes,
+        "parameters": sum(row.bytes // row.dtype.itemsize for row in plan if not row.buffer),
+        "most_bytes": max(ranks),
+        "least_bytes": min(ranks),
+        "traffic": counted.report(),
+    }
+
+
+def build(config: PreTrainedConfig) -> nn.Module:
+    """The model on meta, in training mode."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config).train()
+
+
+def step(model: nn.Module, tokens: int) -> Count:
+    """Forward and backward of one sequence on fake tensors. The model lies on them afterwards."""
+    with FakeTensorMode(allow_non_fake_inputs=True), even_routing():
+        model.to_empty(device="cpu")
+        ids = torch.zeros(1, tokens, dtype=torch.long)
+        with Count() as counted:
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    return counted
+
+
+@contextmanager
+def even_routing() -> Iterator[None]:
+    """In the block, tokens that travel go to all ranks evenly: where they go is read on the host, and fake ones don't say."""
+    with patch.object(Dispatch, "_route", _evenly):
+        yield
+
+
+def _evenly(self: Dispatch, ids: Tensor) -> _Route:
+    ranks, mine = self.ep.size(), self.experts[self.ep.get_local_rank()]
+    counts = torch.zeros(sum(self.experts), dtype=torch.long)
+    received = torch.empty(ranks * mine, dtype=torch.long)
+    dist.all_to_all_single(received, counts, [mine] * ranks, list(self.experts), group=self.ep.get_group())
+    each, rest = divmod(ids.numel(), ranks)
+    assert rest == 0, "tokens that every rank gets as many of"
+    sizes = (each,) * ranks
+    return _Route(torch.arange(ids.numel()), torch.zeros(ids.numel(), 1, dtype=torch.long), sizes, sizes)
+
+
+def _warm_up(config: PreTrainedConfig, case: Case) -> None:
+    small = copy.deepcopy(config)
+    small.num_hidden_layers = 1
+    if case.ep:
+        small.first_k_dense_replace = 0
+    str(shardwise.plan(small, case.tp, ep_size=case.ep))
+
+
+def timed(work: Callable[[], _Result]) -> tuple[_Result, float]:
+    """What `work` gives, and its seconds."""
+    begin = time.perf_counter()
+    result = work()
+    return result, time.perf_counter() - begin
+
+
+def resident() -> float:
+    """MiB that this process has in memory now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+
+
+def peak() -> float:
+    """MiB that this process has had in memory at most. The start's own peak counts too, so growth is never understated."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+if __name__ == "__main__":
+    main()
