@@ -78,10 +78,10 @@ class Groups:
         self.pool = pool
         self._turn = 0
 
-    def run(self, size: int, fn: Callable[..., R], *args: object, slot: int | None = None) -> list[R]:
+    def run(self, size: int, fn: Callable[..., R], *args: object, slot: int | None = None, timeout: float = 60.0) -> list[R]:
         """`fn(*args)` on a new group of `size`; the results in rank order."""
         self._turn += 1
-        return self.pool.run(as_group, self._turn, size, slot, fn, *args)[:size]
+        return self.pool.run(as_group, self._turn, size, slot, fn, *args, timeout=timeout)[:size]
 
 
 def sizes(itemsize: int, slot_bytes: int, slots: int = 3) -> list[int]:

@@ -19,10 +19,14 @@ from torch._C._distributed_c10d import Store
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
+from shardwise import shm
 from shardwise.errors import MeshError, describe
 from shardwise.rendezvous import START_TIMEOUT, meet_ranks
 
 TP_AXIS = "tp"
+
+CPU_BACKEND = "SHARDWISE_CPU_BACKEND"
+"""The environment variable that can say `gloo`, for collectives on CPUs."""
 
 
 def tp_mesh(tp_size: int | None = None, device_mesh: DeviceMesh | None = None, ep_size: int | None = None) -> DeviceMesh | None:
@@ -34,8 +38,9 @@ def tp_mesh(tp_size: int | None = None, device_mesh: DeviceMesh | None = None, e
         device_mesh: a mesh of the caller's: its axis named `"tp"`, or its only axis.
         ep_size: ranks to which experts will be dealt, see `expert_axis`.
 
-    Starts the default process group when nobody has and torchrun's variables are set: nccl on GPUs, gloo on CPUs; gloo too,
-    with a warning, where ranks share a GPU.
+    Starts the default process group when nobody has and torchrun's variables are set: nccl on GPUs, gloo with a warning where
+    ranks share one; on CPUs shared memory (`shardwise.shm`) where all ranks are on one host that can, else gloo, and gloo also
+    with `SHARDWISE_CPU_BACKEND=gloo` in the environment.
     Raises `MeshError` for sizes that the processes cannot form, and where several ranks are asked of a single process;
     `MissingRankError` when some process never comes.
     """
@@ -89,20 +94,42 @@ def point_to_point_device(mesh: DeviceMesh) -> torch.device:
 
 def _start_process_group() -> None:
     kind = device_type()
+    wanted = _wanted_cpu_backend()
     if kind != "cpu":
         torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")) % torch.accelerator.device_count())
-    if kind != "cuda":
-        dist.init_process_group("gloo" if kind == "cpu" else None)
+    if kind not in ("cpu", "cuda"):
+        dist.init_process_group()
         return
     store, rank, size = next(rendezvous("env://"))
-    shared = shared_devices(store, rank, size, str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid))
+    shared = []
+    if kind == "cuda":
+        shared = shared_devices(store, rank, size, str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid))
     if shared and rank == 0:
         logging.getLogger(__name__).warning(
             "Ranks %s share a GPU, which nccl refuses: gloo is used, and every collective goes through the CPU, slowly. "
             "For speed, and for torch.compile, whose collectives end the process there, start no more ranks than GPUs.",
             " and ".join(map(str, shared)),
         )
-    dist.init_process_group("gloo" if shared else "cpu:gloo,cuda:nccl", store=store, rank=rank, world_size=size)
+    own = "gloo" if shared else _cpu_backend(wanted, store, rank, size)
+    backend = own if shared else f"cpu:{own}" if kind == "cpu" else f"cpu:{own},cuda:nccl"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+
+
+def _wanted_cpu_backend() -> str:
+    wanted = os.environ.get(CPU_BACKEND, shm.BACKEND)
+    if wanted not in ("gloo", shm.BACKEND):
+        raise MeshError(
+            describe(
+                f"{CPU_BACKEND}={wanted} names no backend for CPUs.",
+                either=[f"{CPU_BACKEND}=gloo, or", "leave it out: shm where all ranks are on one host that can, else gloo"],
+            )
+        )
+    return wanted
+
+
+def _cpu_backend(wanted: str, store: Store, rank: int, size: int) -> str:
+    """The same on every rank, whatever the others want: gloo, unless all can have and none refuses shared memory."""
+    return shm.BACKEND if shm.why_not(store, rank, size, refused=wanted == "gloo") is None else "gloo"
 
 
 def shared_devices(store: Store, rank: int, size: int, device: str) -> list[int]:

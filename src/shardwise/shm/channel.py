@@ -18,6 +18,7 @@ from torch import Tensor
 from shardwise.errors import ShardwiseError, describe
 from shardwise.shm.calls import Call
 from shardwise.shm.errors import BrokenGroupError, CallMismatchError, LostRankError
+from shardwise.shm.mailbox import PIECE_BYTES, PIECES, WORDS_EACH, Mailbox
 from shardwise.shm.segment import WORD, Segment, Shape
 
 SLOT_BYTES = 1 << 20
@@ -39,18 +40,23 @@ _LOOK = 0.02  # seconds between looks whether the others' processes live
 _MOST_VIEWS = 4096
 
 
-def words_of(size: int) -> int:
-    """Words that each of `size` ranks needs, in whole cache lines."""
+def _mail_words(size: int) -> int:
+    """Where a rank's words for mail begin: after all others, on a cache line."""
     return -(-(_SPLITS + 4 * size + _TEXT_WORDS) // _LINE) * _LINE
 
 
 class Watch:
-    """Since when something is waited for, and when this rank last looked whether the others live. By `time.monotonic`."""
+    """What a rank waits for, since when, and when it last looked whether the others live.
 
-    __slots__ = ("looked", "start")
+    Args:
+        ready: whether it has come.
+        waited_for: the ranks without which it will not come.
+        doing: the call, for messages.
+    """
 
-    def __init__(self, start: float) -> None:
-        self.start = self.looked = start
+    def __init__(self, ready: Callable[[], bool], waited_for: Callable[[], Iterable[int]], doing: Callable[[], str]) -> None:
+        self.ready, self.waited_for, self.doing = ready, waited_for, doing
+        self.start = self.looked = time.monotonic()
 
 
 class Channel:
@@ -71,7 +77,7 @@ class Channel:
         self.call = Call("barrier")
         self.failure: ShardwiseError | None = None
         self._code, self._count = self.call.code, 0
-        self._patrolled, self._watch = 0, Watch(0.0)
+        self._patrolled, self._patrol = 0, self._watch()
         self._segment = segment
         self._words = segment.words
         self._ranks, self._name = tuple(ranks), name
@@ -79,13 +85,17 @@ class Channel:
         self._others = tuple(rank for rank in range(self.size) if rank != self.rank)
         self._theirs = tuple(rank * shape.words for rank in self._others)
         self._their_calls = tuple(tuple(at + said for at in self._theirs) for said in _SAID)
+        self._statuses = tuple(at + _STATUS for at in self._theirs)
         crowded = self.size > len(os.sched_getaffinity(0))
         self._spins = range(20 if crowded else _SPINS)
         self._yields = 20 if crowded else _YIELDS
         self._views: dict[tuple[torch.dtype, tuple[int, ...]], tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] = {}
 
     def begin(self, call: Call) -> None:
-        """The next steps are those of `call`."""
+        """The next steps are those of `call`. Raises what another rank says that it has failed with."""
+        for at in self._statuses:
+            if self._words[at] >= _LOST:
+                self.listen()
         self.call, self._code, self._count = call, call.code, call.count
         self.calls += 1
 
@@ -130,6 +140,10 @@ class Channel:
         """What fits into one slot."""
         return self._segment.shape.slot
 
+    def mailbox(self, sender: int, receiver: int) -> Mailbox:
+        """Of this pair of ranks."""
+        return Mailbox(self._segment, _mail_words(self.size), sender, receiver)
+
     def say_splits(self, sends: Sequence[int], expects: Sequence[int]) -> None:
         """With the next step: how many elements this rank sends to each, and expects of each."""
         start = self._own + _SPLITS + (self.step + 1 & 1) * 2 * self.size
@@ -169,7 +183,7 @@ class Channel:
                     if words[at] >= step:
                         break
                 else:
-                    self.wait_slowly(self.is_ready, self._behind)
+                    self.wait_slowly(self._watch())
         self.compare()
 
     def compare(self) -> None:
@@ -179,15 +193,13 @@ class Channel:
             if words[said] != self._code or words[said + 1] != self._count:
                 self._mismatch()
 
-    def wait_slowly(self, ready: Callable[[], bool], waited_for: Callable[[], Iterable[int]]) -> None:
-        """Until `ready`, without burning the processor: give way first, then sleep for longer and longer.
+    def wait_slowly(self, watch: Watch) -> None:
+        """Until it has come, without burning the processor: give way first, then sleep for longer and longer.
 
-        `waited_for`: the ranks without which it will not be. Raises `LostRankError` when one of them is gone, and whatever
-        another rank says that it has failed with.
+        Raises `LostRankError` when a rank is gone that it needs, and whatever another rank says that it has failed with.
         """
-        watch = Watch(time.monotonic())
         pause, yields = _SHORTEST, self._yields
-        while not ready():
+        while not watch.ready():
             if yields:
                 yields -= 1
                 time.sleep(0)  # other threads of this process
@@ -195,23 +207,26 @@ class Channel:
             else:
                 time.sleep(pause)
                 pause = min(pause * _GROWTH, _LONGEST)
-            self.look(watch, ready, waited_for)
+            self.look(watch)
 
     def patrol(self) -> None:
-        """As `wait_slowly`, one look, for a caller that comes back."""
+        """As `wait_slowly` for the step, one look, for a caller that comes back."""
         if self._patrolled != self.step:
-            self._patrolled, self._watch = self.step, Watch(time.monotonic())
-        self.look(self._watch, self.is_ready, self._behind)
+            self._patrolled, self._patrol = self.step, self._watch()
+        self.look(self._patrol)
 
-    def look(self, watch: Watch, ready: Callable[[], bool], waited_for: Callable[[], Iterable[int]]) -> None:
-        """Raise where it is clear that `ready` will not come, or has not come in time."""
+    def _watch(self) -> Watch:
+        return Watch(self.is_ready, self._behind, self._own_call)
+
+    def look(self, watch: Watch) -> None:
+        """Raise where it is clear that it will not come, or has not come in time."""
         self.listen()
         now = time.monotonic()
         if now - watch.looked > _LOOK:
             watch.looked = now
-            self._look_for_lost(ready, waited_for)
-        if now - watch.start > self.timeout and not ready():
-            self._too_late(now - watch.start, list(waited_for()))
+            self._look_for_lost(watch)
+        if now - watch.start > self.timeout and not watch.ready():
+            self._too_late(now - watch.start, watch)
 
     def listen(self) -> None:
         """Raise what another rank says that it failed with."""
@@ -220,22 +235,24 @@ class Channel:
             if status >= _LOST:
                 self.fail(_ERRORS[status](self._read_text(rank)))
 
-    def _look_for_lost(self, ready: Callable[[], bool], waited_for: Callable[[], Iterable[int]]) -> None:
-        for rank in waited_for():
+    def _look_for_lost(self, watch: Watch) -> None:
+        for rank in watch.waited_for():
             left = self._words[rank * self._segment.shape.words + _STATUS] == _LEFT
-            if (left or not self._segment.is_alive(rank)) and not ready():
+            if (left or not self._segment.is_alive(rank)) and not watch.ready():
                 self.listen()
                 how = "has left the group" if left else "is gone: its process has ended"
-                self.fail(LostRankError(self._lost(rank, how, "see why on that rank")))
+                self.fail(LostRankError(self._lost(rank, how, watch, "see on that rank why")))
 
-    def _too_late(self, seconds: float, missing: list[int]) -> None:
+    def _too_late(self, seconds: float, watch: Watch) -> None:
+        missing = list(watch.waited_for())
         names = ", ".join(str(self._ranks[rank]) for rank in missing)
-        fix = "find out where it is, or", "give the group more time: init_process_group(..., timeout=...)"
-        self.fail(LostRankError(self._lost(missing[0], f"did not come within {seconds:.3g} s (missing: {names})", *fix)))
+        fixes = "find out where it is, or", "give the group more time: init_process_group(..., timeout=...)"
+        how = f"did not come within {seconds:.3g} s (missing: {names})"
+        self.fail(LostRankError(self._lost(missing[0], how, watch, *fixes)))
 
-    def _lost(self, rank: int, how: str, *fixes: str) -> str:
+    def _lost(self, rank: int, how: str, watch: Watch, *fixes: str) -> str:
         return describe(
-            f"rank {self._ranks[rank]} {how}, and rank {self._ranks[self.rank]} waits for it in {self._own_call()}.",
+            f"rank {self._ranks[rank]} {how}, and rank {self._ranks[self.rank]} waits for it in {watch.doing()}.",
             there=f"its last call was {self._last_call(rank)}",
             group=self._name,
             either=fixes,
@@ -319,4 +336,4 @@ class Channel:
 
 def make_shape(size: int) -> Shape:
     """The segment of `size` ranks."""
-    return Shape(size, words_of(size), SLOT_BYTES)
+    return Shape(size, _mail_words(size) + size * WORDS_EACH, SLOT_BYTES, PIECES * PIECE_BYTES)

@@ -18,7 +18,12 @@ def flat(tensor: Tensor) -> Tensor:
     data = tensor.data
     if data.dim() == 1 and data.is_contiguous():
         return data
-    return data.reshape(-1)
+    return data.contiguous().view(-1)
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """The bytes of `tensor`: its own memory or those of a copy, as `flat`."""
+    return flat(tensor.resolve_conj().resolve_neg()).view(torch.uint8)
 
 
 def returned(steps: Iterator[None], outputs: Sequence[Tensor], flats: Sequence[Tensor]) -> Iterator[None]:

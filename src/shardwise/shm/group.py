@@ -33,6 +33,8 @@ from torch.profiler import record_function
 from shardwise.shm import prepare
 from shardwise.shm.calls import OPS
 from shardwise.shm.channel import Channel
+from shardwise.shm.flat import as_bytes
+from shardwise.shm.mail import Message
 from shardwise.shm.prepare import Prepared
 from shardwise.shm.work import Operation, Queue
 
@@ -233,6 +235,32 @@ class ShmGroup(dist.ProcessGroup):
         """Returns when every rank has come."""
         opts = opts or BarrierOptions()
         return self._submit(prepare.barrier(self._channel), [], opts.asyncOp)
+
+    def send(self, tensors: list[Tensor], peer: int, tag: int = 0) -> Work:
+        """To rank `peer` of the group."""
+        (tensor,) = tensors
+        if not tensor.is_cpu:
+            return self._beside(tensor.device).send(tensors, peer, tag)
+        return self._looked_after(self._queue.mail.send(tensor, as_bytes(tensor), peer, tag))
+
+    def recv(self, tensors: list[Tensor], peer: int, tag: int = 0) -> Work:
+        """From rank `peer` of the group."""
+        (tensor,) = tensors
+        if not tensor.is_cpu:
+            return self._beside(tensor.device).recv(tensors, peer, tag)
+        return self._looked_after(self._queue.mail.receive(tensor, as_bytes(tensor), peer, tag))
+
+    def recv_anysource(self, tensors: list[Tensor], tag: int = 0) -> Work:
+        """From whichever rank sends first."""
+        (tensor,) = tensors
+        if not tensor.is_cpu:
+            return self._beside(tensor.device).recv_anysource(tensors, tag)
+        return self._looked_after(self._queue.mail.receive(tensor, as_bytes(tensor), -1, tag))
+
+    def _looked_after(self, message: Message) -> Message:
+        if not message.done:
+            self._queue.call_thread()
+        return message
 
     # What torch before 2.13 calls them, and its C++ code.
     _allgather_base = all_gather_single

@@ -39,12 +39,12 @@ def register() -> None:
         dist.Backend.register_backend(BACKEND, _create, extended_api=True, devices=["cpu"])
 
 
-def why_not(store: Store, rank: int, size: int) -> str | None:
+def why_not(store: Store, rank: int, size: int, refused: bool = False) -> str | None:
     """Why these ranks cannot exchange through shared memory, or None where they can: the same answer on every rank.
 
-    Collective, through the `store`; tries it, with a small segment.
+    Collective, through the `store`; tries it, with a small segment. `refused`: whether this rank would rather not.
     """
-    found = share(PrefixStore("shardwise/shm", store), rank, Shape(size, 1, 0))
+    found = share(PrefixStore("shardwise/shm", store), rank, Shape(size, 1, 0), f"rank {rank} refuses" if refused else None)
     if isinstance(found, Segment):
         found.close()
         return None

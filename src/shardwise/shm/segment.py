@@ -138,15 +138,17 @@ def unsuitable() -> str | None:
     return None
 
 
-def share(store: Store, rank: int, shape: Shape) -> Segment | str:
+def share(store: Store, rank: int, shape: Shape, refusal: str | None = None) -> Segment | str:
     """The segment of the ranks 0 to `shape.size` - 1, or why there is none: the same answer on every rank.
 
-    Collective, through the `store`, which must be this group's own (a prefix). Raises what the store raises for ranks that
-    never come.
+    Collective, through the `store`, which must be this group's own (a prefix). `refusal`: why this rank will not. Raises what
+    the store raises for ranks that never come.
     """
+    reason = unsuitable()
+    refusal = refusal or (reason and f"on rank {rank}, {reason}")
     found: Segment | str = ""
     for attempt, make in enumerate((_memfd, _shm_file)):
-        handshake = _Handshake(store, f"shm/{attempt}", rank, shape)
+        handshake = _Handshake(store, f"shm/{attempt}", rank, shape, refusal)
         found = handshake.lead(make) if rank == 0 else handshake.follow()
         if isinstance(found, Segment):
             break
@@ -179,10 +181,11 @@ class _Handshake:
     prefix: str
     rank: int
     shape: Shape
+    refusal: str | None
 
     def lead(self, make: Callable[[int], tuple[int, str]]) -> Segment | str:
         """Rank 0's part."""
-        segment, path, reason = None, "", unsuitable()
+        segment, path, reason = None, "", self.refusal
         if reason is None:
             try:
                 file, path = make(self.shape.bytes)
@@ -206,7 +209,7 @@ class _Handshake:
     def follow(self) -> Segment | str:
         """The part of every other rank."""
         offer = json.loads(self._hear("offer"))
-        segment, proof, reason = None, "", offer["reason"] or unsuitable()
+        segment, proof, reason = None, "", offer["reason"] or self.refusal
         if reason is None:
             try:
                 segment = Segment(_opened(offer["path"], self.shape.bytes), self.shape, self.rank)

@@ -24,6 +24,7 @@ from torch.futures import Future
 from shardwise.shm.calls import Call
 from shardwise.shm.channel import Channel
 from shardwise.shm.errors import BrokenGroupError
+from shardwise.shm.mail import Mail
 
 # How long an operation is left to its own `wait`, and how often the thread looks while there are any, in seconds.
 _PATIENCE = 1e-3
@@ -111,6 +112,17 @@ class Queue:
         self._thread: threading.Thread | None = None
         self._called = threading.Event()
         self._eager = False
+        self._mail: Mail | None = None
+
+    @property
+    def mail(self) -> Mail:
+        """The messages of this group."""
+        self._check()
+        with self._lock:
+            self._channel.check()
+            if self._mail is None:
+                self._mail = Mail(self._channel)
+            return self._mail
 
     def run(self, call: Call, steps: Iterator[None]) -> None:
         """Run an operation to its end, after those before it."""
@@ -137,7 +149,7 @@ class Queue:
             self._pending.append(operation)
             if len(self._pending) == 1:
                 self._begin_first()
-        self._call_thread()
+        self.call_thread()
         return operation
 
     def finish(self, operation: Operation) -> None:
@@ -152,7 +164,7 @@ class Queue:
     def promise(self, operation: Operation) -> None:
         """Somebody waits for the future of `operation`: see to it soon."""
         self._eager = True
-        self._call_thread()
+        self.call_thread()
 
     def close(self) -> None:
         """End the thread, and leave the group."""
@@ -163,6 +175,8 @@ class Queue:
         with self._lock:
             self._channel.leave()
             done = self._give_up()
+            if self._mail is not None:
+                self._mail.look()
         for operation in done:
             operation.settle()
         if thread is not None and thread is not threading.current_thread():
@@ -190,8 +204,8 @@ class Queue:
     def _begin_first(self) -> None:
         operation = self._pending[0]
         self._begun = True
-        self._channel.begin(operation.call)
         try:
+            self._channel.begin(operation.call)
             next(operation.steps, None)
         except BaseException as error:
             self._broken_by(error)
@@ -234,7 +248,8 @@ class Queue:
             self._end(operation, error or self._channel.failure)
         return given_up
 
-    def _call_thread(self) -> None:
+    def call_thread(self) -> None:
+        """Have the thread look after what is in flight."""
         if self._thread is None:
             self._thread = threading.Thread(target=_look_after, args=(weakref.ref(self), self._called), daemon=True)
             self._thread.name = "shardwise-shm"
@@ -245,9 +260,11 @@ class Queue:
     def look(self) -> bool:
         """The thread's: go on with what is ready, without waiting for anybody. Whether anything is left."""
         done: list[Operation] = []
-        if not self._pending:
+        if self.is_empty:
             self._eager = False
             return False
+        if self._mail is not None:
+            self._mail.look()
         if self._lock.acquire(blocking=False):  # who holds it is at it
             try:
                 self._advance(done)
@@ -290,7 +307,7 @@ class Queue:
     @property
     def is_empty(self) -> bool:
         """Whether nothing is in flight."""
-        return not self._pending
+        return not self._pending and (self._mail is None or self._mail.is_empty)
 
     @property
     def is_closed(self) -> bool:
