@@ -9,7 +9,6 @@ from __future__ import annotations
 # mypy: disable-error-code="override, assignment"
 import weakref
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -39,6 +38,17 @@ from shardwise.shm.prepare import Prepared
 from shardwise.shm.work import Operation, Queue
 
 _CPU = torch.device("cpu")
+_OPERATORS = {
+    "all_reduce": "allreduce_",
+    "all_gather": "allgather_",
+    "reduce_scatter": "reduce_scatter_",
+    "broadcast": "broadcast_",
+    "reduce": "reduce_",
+    "gather": "gather_",
+    "scatter": "scatter_",
+    "all_to_all": "alltoall_",
+    "barrier": "barrier",
+}
 _NAMES = {getattr(dist.ReduceOp.RedOpType, name): name for name in OPS if name}
 
 
@@ -135,7 +145,8 @@ class ShmGroup(dist.ProcessGroup):
         opts = opts or AllgatherOptions()
         if not source.is_cpu:
             return self._beside(source.device)._allgather_base(output, source, opts)
-        return self._submit(prepare.all_gather_single(self._channel, output, source), [output], opts.asyncOp)
+        prepared = prepare.all_gather_single(self._channel, output, source)
+        return self._submit(prepared, [output], opts.asyncOp, "_allgather_base_")
 
     def all_gather_single_coalesced(
         self, outputs: list[Tensor], inputs: list[Tensor], opts: AllgatherOptions | None = None
@@ -163,7 +174,7 @@ class ShmGroup(dist.ProcessGroup):
         if not source.is_cpu:
             return self._beside(source.device)._reduce_scatter_base(output, source, opts)
         prepared = prepare.reduce_scatter_single(self._channel, output, source, _name(opts.reduceOp))
-        return self._submit(prepared, [output], opts.asyncOp)
+        return self._submit(prepared, [output], opts.asyncOp, "_reduce_scatter_base_")
 
     def reduce_scatter_single_coalesced(
         self, outputs: list[Tensor], inputs: list[Tensor], opts: ReduceScatterOptions | None = None
@@ -222,7 +233,7 @@ class ShmGroup(dist.ProcessGroup):
         if not source.is_cpu:
             return self._beside(source.device).alltoall_base(output, source, output_splits or [], input_splits or [], opts)
         prepared = prepare.all_to_all_single(self._channel, output, source, output_splits or [], input_splits or [])
-        return self._submit(prepared, [output], opts.asyncOp)
+        return self._submit(prepared, [output], opts.asyncOp, "alltoall_base_")
 
     def alltoall(self, outputs: list[Tensor], inputs: list[Tensor], opts: AllToAllOptions | None = None) -> Work:
         """`inputs[r]` to rank r, into `outputs` by sender."""
@@ -281,16 +292,23 @@ class ShmGroup(dist.ProcessGroup):
     def _several(self, each: list[Prepared], outputs: list[Tensor], asynchronous: bool) -> Work:
         return self._submit(each[0] if len(each) == 1 else prepare.several(each), outputs, asynchronous)
 
-    def _submit(self, prepared: Prepared, outputs: list[Tensor], asynchronous: bool) -> Work:
+    def _submit(self, prepared: Prepared, outputs: list[Tensor], asynchronous: bool, operator: str = "") -> Work:
+        if not torch._C._autograd._profiler_enabled():
+            return self._start(prepared, outputs, asynchronous)
+        # Under the name, too, that a trace of any other backend has, which people and their tools look for.
+        kind = prepared[0].kind
+        with record_function(f"c10d::{operator or _OPERATORS[kind]}"), record_function(f"shm:{kind}"):
+            return self._start(prepared, outputs, asynchronous)
+
+    def _start(self, prepared: Prepared, outputs: list[Tensor], asynchronous: bool) -> Work:
         call, steps = prepared
-        with record_function(f"shm:{call.kind}") if torch._C._autograd._profiler_enabled() else nullcontext():
-            if asynchronous:
-                return self._queue.begin(call, steps, outputs)
-            if outputs and outputs[0].is_inference() and not torch.is_inference_mode_enabled():
-                self._queue.begin(call, steps, outputs).wait()  # which may write it
-            else:
-                self._queue.run(call, steps)
-            return self._done
+        if asynchronous:
+            return self._queue.begin(call, steps, outputs)
+        if outputs and outputs[0].is_inference() and not torch.is_inference_mode_enabled():
+            self._queue.begin(call, steps, outputs).wait()  # which may write it
+        else:
+            self._queue.run(call, steps)
+        return self._done
 
 
 def _name(op: dist.ReduceOp) -> str:

@@ -146,9 +146,10 @@ def share(store: Store, rank: int, shape: Shape, refusal: str | None = None) -> 
     """
     reason = unsuitable()
     refusal = refusal or (reason and f"on rank {rank}, {reason}")
+    turn = store.add(f"shm/turn/{rank}", 1)  # a store may outlive a group, and what was said about that one
     found: Segment | str = ""
     for attempt, make in enumerate((_memfd, _shm_file)):
-        handshake = _Handshake(store, f"shm/{attempt}", rank, shape, refusal)
+        handshake = _Handshake(store, f"shm/{turn}/{attempt}", rank, shape, refusal)
         found = handshake.lead(make) if rank == 0 else handshake.follow()
         if isinstance(found, Segment):
             break
