@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.distributed.device_mesh import init_device_mesh
 
 import shardwise
 from figures import gradient_error, gradients
-from models import Batch, batches, checkpoint
+from models import Batch, batches, build, checkpoint
+from shardwise.testing.fake import fake_rank
 
 STEPS = 5
 # The hooks by which transformers collects router logits cannot be compiled, in one process either.
@@ -78,3 +81,34 @@ def test_compiled_model_trains_and_evaluates_as_in_eager_mode(name, backend, poo
         assert expected.graphs == (0, 0)
         assert actual.graphs == (1, 2)
     assert gradient_error(compiled[0].gradients, eager[0].gradients) < 1e-3
+
+
+def checks(model: nn.Module) -> int:
+    """What Dynamo checks in the second decoder layer at every call of the compiled `model`."""
+    names: list[str] = []
+
+    def keep(guards: list[Any]) -> list[bool]:
+        names.extend(guard.name for guard in guards)
+        return [True] * len(guards)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager", options={"guard_filter_fn": keep})
+    compiled(input_ids=batches()[0].input_ids, use_cache=False).logits.sum().backward()
+    return sum("['layers']._modules['1']" in name for name in names)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo does
+def test_a_compiled_layer_checks_little_more_than_its_own():
+    """Guards: attributes of ours that traced code reads, each of which Dynamo checks at every call: with those of a
+    `ShardState`, a mesh and a `Region` in seven linear layers, that took longer than all else that we add to a step.
+    """
+    own = checks(build("llama"))
+    with fake_rank(2):
+        model = shardwise.parallelize(build("llama"), init_device_mesh("cpu", (2,), mesh_dim_names=("tp",)))
+        layer = checks(model)
+        linears = [module for module in model.get_decoder().layers[1].modules() if isinstance(module, nn.Linear)]
+        assert len(linears) == 7
+        assert layer <= own + 4 * len(linears)
+        for module in linears:
+            module._facts["plain"] = False  # then a layer is traced as eager code runs it
+        assert checks(model) > own + 5 * len(linears)

@@ -23,17 +23,20 @@ parallel pair from Korthikanti et al. 2022 (arXiv:2205.05198).
 from __future__ import annotations
 
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Union
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 from torch.nn.functional import pad
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 Sizes = tuple[int, ...]
+Axis = Union["DeviceMesh", str]
+"""The ranks of a collective: a mesh of one dim, or, for code that a compiler traces, the name of its process group."""
 
 # Renamed in torch 2.13, where the old names warn.
 gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -44,7 +47,7 @@ _NOW = dist.AllreduceOptions()
 _NOW.asyncOp = False
 
 
-def copy_to_tp(x: Tensor, mesh: DeviceMesh) -> Tensor:
+def copy_to_tp(x: Tensor, mesh: Axis) -> Tensor:
     """I -> R: `x` as it is; backward sums the ranks' partial gradients (Megatron's f).
 
     Shapes: any, unchanged. Without gradient the very same object comes back.
@@ -52,7 +55,7 @@ def copy_to_tp(x: Tensor, mesh: DeviceMesh) -> Tensor:
     return CopyToTP.apply(x, mesh) if x.requires_grad and torch.is_grad_enabled() else x
 
 
-def reduce_from_tp(x: Tensor, mesh: DeviceMesh) -> Tensor:
+def reduce_from_tp(x: Tensor, mesh: Axis) -> Tensor:
     """P -> I: sum over the ranks of `mesh`; backward is the identity (Megatron's g).
 
     Consumes `x`: where that is safe (a contiguous tensor, not a leaf, not a view) the sum is written into it, and autograd is
@@ -129,7 +132,7 @@ class CopyToTP(torch.autograd.Function):
     """Identity; backward: all-reduce."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mesh: DeviceMesh) -> Tensor:
+    def forward(ctx: Any, x: Tensor, mesh: Axis) -> Tensor:
         ctx.mesh = mesh
         return x.view_as(x)
 
@@ -147,7 +150,7 @@ class ReduceFromTP(torch.autograd.Function):
     """All-reduce, in place where that is safe; backward: identity."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mesh: DeviceMesh) -> Tensor:
+    def forward(ctx: Any, x: Tensor, mesh: Axis) -> Tensor:
         ctx.mesh = mesh
         # Unmarked, an in-place sum silently corrupts what the operation before saved for its backward (exp saves its output).
         if not torch.compiler.is_dynamo_compiling() and x.is_contiguous() and not x.is_leaf and not x._is_view():
@@ -228,13 +231,16 @@ class AllToAll(torch.autograd.Function):
         return all_to_all(grad, ctx.mesh, receive=ctx.send, send=ctx.receive), None, None, None
 
 
-def _sum_over_ranks(x: Tensor, mesh: DeviceMesh) -> None:
+def _sum_over_ranks(x: Tensor, mesh: Axis) -> None:
     """All-reduce `x` in place, past what `dist.all_reduce` looks at before it, which costs more than the call to the group.
 
     Not where a compiler must see that call, where somebody watches (`dist.all_reduce` was replaced), or for complex numbers.
     """
-    group = mesh.get_group()
-    if torch.compiler.is_compiling() or dist.all_reduce is not _ALL_REDUCE or x.is_complex():
+    if torch.compiler.is_compiling():
+        dist.all_reduce(x, group=mesh if isinstance(mesh, str) else mesh.get_group())
+        return
+    group = _resolve_process_group(mesh) if isinstance(mesh, str) else mesh.get_group()  # type: ignore[arg-type]
+    if dist.all_reduce is not _ALL_REDUCE or x.is_complex():
         dist.all_reduce(x, group=group)
     else:
         group.allreduce([x], _NOW).wait()

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from shardwise.errors import PlanError, ShardwiseError, describe
 from shardwise.layers import (
     ColwiseParallel,
+    Facts,
+    LinearStyle,
     LocalConfig,
     OverlappedLinear,
     OverlappedRegion,
@@ -212,6 +214,9 @@ def _parallelize_module(module: nn.Module, row: ModuleSpec, model: ModelState, r
         _set_local(module, attribute, values[mesh.get_local_rank()], state)
     summed = tuple(child for child, spec in own.items() if not spec.buffer and sums_gradient(spec, plan.size, plan.ep_size))
     module.__dict__["_tp"] = state
+    if issubclass(row.style, LinearStyle):
+        plain = type(module).forward is nn.Linear.forward
+        module.__dict__["_facts"] = Facts(group=mesh.get_group().group_name, plain=plain, shares=region is not None)
     late = model.overlap and not summed and issubclass(row.style, ColwiseParallel) and can_overlap(module)
     module.__class__ = parallel_class(row.style, type(module), summed, (OverlappedLinear,) if late else ())
     if isinstance(module, OverlappedLinear):
@@ -240,6 +245,7 @@ def _set_local(module: nn.Module, attribute: str, value: int | None, state: Shar
 
 def _restore_module(module: nn.Module) -> None:
     state: ShardState = module.__dict__.pop("_tp")
+    module.__dict__.pop("_facts", None)
     module.__class__ = original_class(module)
     for attribute, value in state.restore.items():
         setattr(module, attribute, value)

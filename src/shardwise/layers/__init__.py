@@ -47,6 +47,7 @@ from shardwise.layers.latent import MlaKvAProjGatherOutput, MlaKvAProjParallel
 from shardwise.layers.linear import (
     ColwiseGatherOutput,
     ColwiseParallel,
+    LinearStyle,
     PackedColwiseParallel,
     PackedRowwiseParallel,
     RowwiseParallel,
@@ -63,6 +64,7 @@ from shardwise.layers.replicated import (
     ReplicatedWithGradAllReduce,
     SequenceParallel,
 )
+from shardwise.layers.traced import Facts
 
 STYLES: MappingProxyType[str, type[ParallelStyle]] = MappingProxyType(
     {
@@ -109,7 +111,9 @@ __all__ = [
     "EpRouter",
     "EpSortedExperts",
     "ExpertParallel",
+    "Facts",
     "GroupedGemm",
+    "LinearStyle",
     "Local",
     "LocalConfig",
     "LocalHeadBias",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from shardwise.collectives import gather_from_tp, reduce_from_tp, scatter_to_tp
+from shardwise.layers import traced
 from shardwise.layers.base import Cut, Local, ParallelStyle
 from shardwise.layout import Block, Layout, Packed, Replicated, Shape
 
@@ -26,6 +27,7 @@ class LinearStyle(ParallelStyle):
     """What the linear styles share: which attributes of the module say its width, and how it prints."""
 
     weight: Tensor
+    _facts: traced.Facts
 
     @classmethod
     def refuses(cls, module: nn.Module) -> str | None:
@@ -64,6 +66,8 @@ class ColwiseParallel(LinearStyle):
         return cut.along(_output_dim(shape, cut))
 
     def forward(self, input: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() and self._facts["plain"]:
+            return traced.colwise(self, input)
         output: Tensor = super().forward(self._tp.enter(input, self.training))
         return output
 
@@ -108,6 +112,8 @@ class RowwiseParallel(LinearStyle):
         return None if self._tp.without_bias else self._parameters["bias"]
 
     def forward(self, input: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() and self._facts["plain"]:
+            return traced.rowwise(self, input)
         state, weight, bias = self._tp, self.weight, self._parameters.get("bias")
         state.leave()
         if state.options.get("own_forward"):
