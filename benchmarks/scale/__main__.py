@@ -30,7 +30,7 @@ def main() -> None:
     for number in range(arguments.rounds):
         for case, found in zip(CASES, rounds, strict=True):
             found.append(run(case, TOKENS if number == 0 else 0))
-            print(f"round {number + 1}: {case.model}, tp={case.tp}, ep={case.ep}: {found[-1]['plan_s']:.3f} s", flush=True)
+            print(f"round {number + 1}: {case.model}, tp={case.tp}, ep={case.ep}: {found[-1]['plan_s']} s", flush=True)
     results = {
         "torch": torch.__version__,
         "transformers": transformers.__version__,

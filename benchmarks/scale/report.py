@@ -10,7 +10,8 @@ NOTES = """\
 One rank on torch's fake process group, in a fresh process for each figure; nothing is allocated at full or local size.
 
 - *plan*: `shardwise.plan(config, tp_size)`, which builds the model on meta. *print*: `str(plan)`. *build*: the model on meta,
-  by transformers. *parallelize*: that model, made parallel on meta, planning included. Seconds: median (least to most).
+  by transformers. *parallelize*: that model, made parallel on meta, planning included. Seconds on the clock, median (least to
+  most), and of the CPU, the median, which other work on the machine hardly changes.
 - *host memory*: growth of the process's peak resident memory over what it was before planning; the imports came before.
 """
 TRAFFIC = """\
@@ -68,8 +69,8 @@ def _middle(case: dict[str, Any], key: str) -> float:
 
 
 def _seconds(case: dict[str, Any], key: str) -> str:
-    values = [found[key] for found in case["rounds"]]
-    return f"{median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+    clock, cpu = ([found[key][which] for found in case["rounds"]] for which in ("clock", "cpu"))
+    return f"{median(clock):.2f} ({min(clock):.2f} to {max(clock):.2f}), CPU {median(cpu):.2f}"
 
 
 def _held(found: dict[str, Any]) -> list[str]:
