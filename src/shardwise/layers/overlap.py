@@ -52,7 +52,7 @@ class OverlappedLinear(ParallelStyle):
         if late is None:
             output = super().forward(input)
         else:
-            output = ColwiseProduct.apply(input, late.weight, late.bias, late.token, late)
+            output = ColwiseProduct.apply(input, late.token, late)
         return output
 
 
@@ -200,31 +200,32 @@ class ColwiseProduct(torch.autograd.Function):
     """Y = X Aᵀ + b; backward: X's gradient, while what A's and b's take is left for `WeightGradient`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, token: Tensor, late: LateGradient) -> Tensor:
+    def forward(ctx: Any, x: Tensor, token: Tensor, late: LateGradient) -> Tensor:
+        # The weight is no argument: an edge to it would bring nothing but a second gradient, None, to be added to its own.
         ctx.parts, ctx.call, ctx.transposed = late.parts, late.calls, late.transposed
         late.calls += 1
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x, late.weight)
         ctx.set_materialize_grads(False)
         cached = torch.is_autocast_enabled(x.device.type) and torch.is_autocast_cache_enabled()
         if not cached:
-            return _product(x, weight, bias, late.transposed)
+            return _product(x, late)
         # Grad mode is off here: older autocasts would keep a cast weight without gradient for whoever reads the weight next
         # (pytorch/pytorch#165068).
         torch.set_autocast_cache_enabled(False)
         try:
-            return _product(x, weight, bias, late.transposed)
+            return _product(x, late)
         finally:
             torch.set_autocast_cache_enabled(True)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None]:
         if grad is None:
-            return None, None, None, None, None
+            return None, None, None
         x, weight = ctx.saved_tensors
         rows = _rows(grad)
         ctx.parts[ctx.call] = (rows, x)
         of_x = rows.mm(_as(weight.t() if ctx.transposed else weight, grad.dtype)).view(x.shape)
-        return _as(of_x, x.dtype), None, None, None, None
+        return _as(of_x, x.dtype), None, None
 
 
 class WeightGradient(torch.autograd.Function):
@@ -271,8 +272,9 @@ def _weight_and_bias(module: nn.Module) -> tuple[Any, Tensor | None]:
     return module._parameters.get("weight"), module._parameters.get("bias")
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
-    if not transposed:
+def _product(x: Tensor, late: LateGradient) -> Tensor:
+    weight, bias = late.weight, late.bias
+    if not late.transposed:
         return linear(x, weight, bias)
     rows = _rows(x)
     output = rows.mm(weight) if bias is None else torch.addmm(bias, rows, weight)
