@@ -36,14 +36,14 @@ _COLLECTIVES = (
 )
 
 
-def delayed_mesh(delay: float = 0.0, axis: str = "tp") -> DeviceMesh:
-    """All ranks as a one-dimensional CPU mesh called `axis`, on a group of its own: gloo, and `delay` seconds a collective.
+def delayed_mesh(delay: float = 0.0, axis: str = "tp", backend: str = "gloo") -> DeviceMesh:
+    """All ranks as a one-dimensional CPU mesh called `axis`, on a new group of `backend`, with `delay` seconds a collective.
 
     `mesh.get_group().delay` may be set to another number at any time. Collective; the default process group must be there.
     """
     with suppress(AssertionError):  # torch keeps the backends of a process: registered by an earlier call
         dist.Backend.register_backend(_NAME, _group_over, extended_api=True, devices=["cpu"])
-    group = dist.new_group(backend=_NAME, pg_options=dist.new_group(backend="gloo"))
+    group = dist.new_group(backend=_NAME, pg_options=dist.new_group(backend=backend))
     assert isinstance(group, DelayedGroup)
     group.delay = delay
     return DeviceMesh.from_group(group, "cpu", mesh_dim_names=(axis,))
@@ -60,13 +60,13 @@ class DelayedGroup(dist.ProcessGroup):
         rank: this rank.
         size: number of ranks.
 
-    Where `events` is given a list, it gets what happens, in order: "start NAME" when a collective is called, "wait NAME" when
-    somebody waits for it; callers may add their own.
+    `blocked` is how many seconds callers have waited, in all. Where `events` is given a list, it gets what happens, in order:
+    "start NAME" when a collective is called, "wait NAME" when somebody waits for it; callers may add their own.
     """
 
     def __init__(self, inner: dist.ProcessGroup, rank: int, size: int) -> None:
         super().__init__(rank, size)  # type: ignore[call-arg]  # torch's stub knows another constructor only
-        self.delay = 0.0
+        self.delay, self.blocked = 0.0, 0.0
         self.events: list[str] | None = None
         self._inner, self._rank, self._size = inner, rank, size
         self._free = 0.0
@@ -93,23 +93,25 @@ class DelayedGroup(dist.ProcessGroup):
         if self.events is not None:
             self.events.append(f"start {name}")
         self._free = max(time.monotonic(), self._free) + self.delay
-        return _DelayedWork(getattr(self._inner, name)(*args, **kwargs), self._free, name, self.events)
+        return _DelayedWork(getattr(self._inner, name)(*args, **kwargs), self._free, name, self)
 
 
 class _DelayedWork(Work):
-    def __init__(self, inner: Work, ready: float, name: str, events: list[str] | None) -> None:
+    def __init__(self, inner: Work, ready: float, name: str, group: DelayedGroup) -> None:
         super().__init__()
-        self._inner, self._ready, self._name, self._events = inner, ready, name, events
+        self._inner, self._ready, self._name, self._group = inner, ready, name, group
 
     def is_completed(self) -> bool:
         return time.monotonic() >= self._ready and self._inner.is_completed()
 
     def wait(self, timeout: timedelta | None = None) -> bool:
-        if self._events is not None:
-            self._events.append(f"wait {self._name}")
+        if self._group.events is not None:
+            self._group.events.append(f"wait {self._name}")
+        start = time.monotonic()
         done = self._inner.wait() if timeout is None else self._inner.wait(timeout)
         while (left := self._ready - time.monotonic()) > 0:
             time.sleep(left)
+        self._group.blocked += time.monotonic() - start
         return done
 
 

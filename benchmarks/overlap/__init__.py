@@ -1,0 +1,1 @@
+"""What `overlap=True` hides of a slow network: `python -m benchmarks.overlap`."""
