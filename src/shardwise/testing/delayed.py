@@ -60,8 +60,9 @@ class DelayedGroup(dist.ProcessGroup):
         rank: this rank.
         size: number of ranks.
 
-    `blocked` is how many seconds callers have waited, in all. Where `events` is given a list, it gets what happens, in order:
-    "start NAME" when a collective is called, "wait NAME" when somebody waits for it; callers may add their own.
+    `blocked` is how many seconds callers had to wait, in all (a busy machine may wake them later). Where `events` is given a
+    list, it gets what happens, in order: "start NAME" when a collective is called, "wait NAME" when somebody waits for it;
+    callers may add their own.
     """
 
     def __init__(self, inner: dist.ProcessGroup, rank: int, size: int) -> None:
@@ -109,9 +110,9 @@ class _DelayedWork(Work):
             self._group.events.append(f"wait {self._name}")
         start = time.monotonic()
         done = self._inner.wait() if timeout is None else self._inner.wait(timeout)
+        self._group.blocked += max(time.monotonic(), self._ready) - start
         while (left := self._ready - time.monotonic()) > 0:
             time.sleep(left)
-        self._group.blocked += time.monotonic() - start
         return done
 
 
