@@ -62,22 +62,27 @@ def figures(workload: Workload, result: Result, case: str) -> list[str]:
     against_floor = "floor" in contenders and result.spread(case, "floor", there[0]) is not None
     heads = ["", *(workload.figures[what] for what in there)]
     heads[2:2] = ["x floor"] if against_floor else []
-    heads += ["published"] if workload.published else []
-    rows = [_row(workload, result, case, name, there, against_floor) for name in contenders]
+    reference = next((one.reference for one in workload.cases if one.name == case), {})
+    heads += ["reference"] if reference else []
+    rows = [_row(result, case, name, there, against_floor) for name in contenders]
+    if reference:
+        rows = [
+            [*row, number(reference[name]) if name in reference else ""] for row, name in zip(rows, contenders, strict=True)
+        ]
     notes = [
         f"- {CONTENDERS[name].label}: {what}: {why}" for name, found in contenders.items() for what, why in found.notes.items()
     ]
     return [*table(heads, rows), *([""] if notes else []), *notes]
 
 
-def _row(workload: Workload, result: Result, case: str, name: str, there: list[str], against_floor: bool) -> list[str]:
+def _row(result: Result, case: str, name: str, there: list[str], against_floor: bool) -> list[str]:
     error = result.cases[case][name].error
     cells = [said(result.spread(case, name, what)) for what in there]
     if error:
         cells[0] = error
     ratio = result.ratio(case, name, "floor", there[0])
     cells[1:1] = ([f"{ratio.middle:.2f}" if ratio else ""]) if against_floor else []
-    return [CONTENDERS[name].label, *cells, *([workload.published.get(name, "")] if workload.published else [])]
+    return [CONTENDERS[name].label, *cells]
 
 
 def said(spread: Spread | None) -> str:

@@ -34,6 +34,7 @@ class Case:
         contenders: left out: those of the workload.
         large: only measured when large ones are asked for.
         efforts: for which it is measured.
+        reference: what was measured before, elsewhere, of the first figure, by contender.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Case:
     contenders: tuple[str, ...] = ()
     large: bool = False
     efforts: tuple[Effort, ...] = ("tiny", "quick", "full")
+    reference: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,6 @@ class Workload:
     steps: int
     quick: tuple[int, int]
     targets: tuple[Target, ...] = ()
-    published: dict[str, str] = field(default_factory=dict)
 
     def effort(self, effort: Effort) -> tuple[int, int]:
         """Rounds, and steps in each."""

@@ -12,6 +12,17 @@ CONTENDERS = ("floor", *PARALLEL, "one-process", "one-process-2")
 SMALL_NAME, LARGE_NAME = "8 layers of 512", "12 layers of 1024"
 SMALL_BATCH: dict[str, object] = {"batch": 2, "length": 256, "warm_up": 2}
 LARGE_BATCH: dict[str, object] = {"batch": 1, "length": 128, "warm_up": 2}
+TOKENS: dict[str, object] = {"prompt": 16, "tokens": 8}
+REFERENCES = {
+    "training": (
+        {"floor": 428.0, "transformers-5.14": 650.0, "transformers-5.23": 715.0, "torch-styles": 735.0, "one-process": 734.0},
+        {"floor": 630.0, "transformers-5.14": 1011.0, "transformers-5.23": 1075.0},
+    ),
+    "decode": (
+        {"floor": 6.2, "transformers-5.14": 31.0, "transformers-5.23": 31.0, "torch-styles": 50.0, "one-process": 11.0},
+        {"floor": 29.5, "transformers-5.14": 66.0, "transformers-5.23": 66.0, "torch-styles": 66.0, "one-process": 50.0},
+    ),
+}
 
 TRAINING = Workload(
     name="training",
@@ -19,8 +30,8 @@ TRAINING = Workload(
     figures={"ms": "ms"},
     contenders=CONTENDERS,
     cases=(
-        Case(SMALL_NAME, "training", SMALL, TWO, SMALL_BATCH),
-        Case(LARGE_NAME, "training", LARGE, TWO, LARGE_BATCH, efforts=("full",)),
+        Case(SMALL_NAME, "training", SMALL, TWO, SMALL_BATCH, reference=REFERENCES["training"][0]),
+        Case(LARGE_NAME, "training", LARGE, TWO, LARGE_BATCH, efforts=("full",), reference=REFERENCES["training"][1]),
     ),
     rounds=15,
     steps=3,
@@ -33,8 +44,8 @@ DECODE = Workload(
     figures={"ms": "ms a token", "first token": "first token, ms"},
     contenders=CONTENDERS,
     cases=(
-        Case(SMALL_NAME, "decode", SMALL, TWO, {"prompt": 16, "tokens": 8}),
-        Case(LARGE_NAME, "decode", LARGE, TWO, {"prompt": 16, "tokens": 8}, efforts=("full",)),
+        Case(SMALL_NAME, "decode", SMALL, TWO, TOKENS, reference=REFERENCES["decode"][0]),
+        Case(LARGE_NAME, "decode", LARGE, TWO, TOKENS, efforts=("full",), reference=REFERENCES["decode"][1]),
     ),
     rounds=15,
     steps=3,
