@@ -39,7 +39,9 @@ def main(folder: Path, table: list[dict[str, object]]) -> None:
     """Build and save each; with a seed, so that every run has the same weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     for entry in table:
         torch.manual_seed(0)
         config = AutoConfig.for_model(entry["kind"], **entry["sizes"], tie_word_embeddings=False)

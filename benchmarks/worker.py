@@ -53,7 +53,8 @@ class Worker:
         """Forget what was prepared, and give its memory back."""
         self.prepared = None
         gc.unfreeze()
-        torch._dynamo.reset()
+        if "torch._dynamo" in sys.modules:
+            torch._dynamo.reset()
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
         return {}

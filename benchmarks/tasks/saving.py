@@ -16,10 +16,11 @@ from benchmarks.tasks.loading import MIB, weights
 
 def prepare(adapter: Adapter, folder: Path) -> Prepared:
     """Some contenders bring the bytes to the disk themselves (`fsync`), some leave it to the kernel: so `sync` counts too."""
-    model, numbers = adapter.build(folder), count()
-    weights(model, read=True)  # those that still lie in the mapped file
+    numbers = count()
 
     def step() -> Figures:
+        model = adapter.build(folder)  # each time: models of all contenders would not fit into memory
+        weights(model, read=True)  # those that still lie in the mapped file
         place = folder.parent / f"saved-{next(numbers)}"
         place.mkdir(exist_ok=True)
         os.sync()
