@@ -20,7 +20,14 @@ mean, what bounds them and how to repeat them: [docs/performance.md](../../../do
 
 
 def write(folder: Path = FOLDER) -> Path:
-    """README.md, from all result files that are there; its path."""
+    """Write README.md; its path."""
+    path = folder / "README.md"
+    path.write_text(render(folder))
+    return path
+
+
+def render(folder: Path = FOLDER) -> str:
+    """The tables of all result files that are there."""
     results = read_all(folder)
     lines = [HEAD]
     for name, result in results.items():
@@ -32,9 +39,7 @@ def write(folder: Path = FOLDER) -> Path:
             lines += [*targets(workload, result), ""]
         if (folder / f"{name}.svg").exists():
             lines += [f"![{workload.title}]({name}.svg)", ""]
-    path = folder / "README.md"
-    path.write_text("\n".join(lines).rstrip() + "\n")
-    return path
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def read_all(folder: Path = FOLDER) -> dict[str, Result]:

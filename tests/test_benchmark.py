@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from benchmarks import document, targets
+from benchmarks import document, report, targets
 from benchmarks.adapters.floor import cut
 from benchmarks.driver import Found
 from benchmarks.floor import widen_head
 from benchmarks.memory import Watch
-from benchmarks.results import Result
+from benchmarks.results import FOLDER, Result
 from benchmarks.tasks.collectives import Count
 from benchmarks.workload import Target
 from benchmarks.workloads import WORKLOADS
@@ -61,8 +61,9 @@ def test_a_trial_of_the_whole_program(tmp_path):
     assert (tmp_path / "host-training.svg").exists()
 
 
-def test_the_page_is_that_of_the_results():
-    """Guards: a figure in docs/performance.md that was typed, or that the results do not bear out any more."""
+def test_the_pages_are_those_of_the_results():
+    """Guards: a figure that was typed, or that the results do not bear out any more."""
+    assert (FOLDER / "README.md").read_text() == report.render(), "run: python -m benchmarks report"
     assert document.PAGE.read_text() == document.render(), "run: python -m benchmarks docs"
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -23,6 +25,11 @@ class Adapter:
     def build(self, folder: Path, expert_parallel: bool = False) -> PreTrainedModel:
         """This rank's model with the weights in `folder`, in the dtype of its config. Collective."""
         raise NotImplementedError
+
+    @contextmanager
+    def bytes_asked(self) -> Iterator[list[int]]:
+        """In the block, how many bytes of its files each read asks for; empty where nothing counts them."""
+        yield []
 
     def save(self, model: PreTrainedModel, folder: Path) -> None:
         """Write the ordinary checkpoint. Collective."""

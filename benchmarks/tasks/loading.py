@@ -19,7 +19,7 @@ def prepare(adapter: Adapter, folder: Path) -> Prepared:
     """A step loads the model anew, and reads each of its weights once: what a loader puts off until then counts too."""
 
     def step() -> Figures:
-        with Watch() as watch:
+        with Watch() as watch, adapter.bytes_asked() as asked:
             began = time.perf_counter()
             model = adapter.build(folder)
             loaded = time.perf_counter() - began
@@ -29,7 +29,8 @@ def prepare(adapter: Adapter, folder: Path) -> Prepared:
         over = watch.most["RssAnon"] - watch.before["RssAnon"] - kept
         pages = watch.most["RssFile"] - watch.before["RssFile"]
         read = pages + watch.after["rchar"] - watch.before["rchar"]
-        return {
+        known = {"asked share": sum(asked) / shards} if asked else {}
+        return known | {
             "ready": ready,
             "from_pretrained": loaded,
             "over": over / MIB,
