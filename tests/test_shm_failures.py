@@ -16,6 +16,7 @@ from forks import Forks
 from shardwise.errors import MismatchError, MissingRankError
 from shardwise.shm import channel
 from shardwise.testing import RankPool
+from shm_stress import compared
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -263,3 +264,8 @@ def test_more_ranks_than_cores_in_several_groups(forks):
     for seconds, right in forks.run(8, _crowd):
         assert right
         assert seconds < 20
+
+
+def test_random_operations_have_the_results_of_gloo(forks):
+    """Guards: what only shows in an order of operations that nobody thought of (`shm_stress` tries many more)."""
+    assert forks.run(3, compared, 300, 0, slot=4096) == [0, 0, 0]

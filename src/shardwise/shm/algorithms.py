@@ -36,8 +36,9 @@ def all_reduce(channel: Channel, tensor: Tensor, reduce: Reduce) -> Steps:
     """In place. Every rank reduces everything."""
     size, item = tensor.numel(), tensor.itemsize
     two = channel.size == 2
-    for start, stop in _chunks(size, channel.slot_bytes // item):
-        part = tensor[start:stop]
+    most = channel.slot_bytes // item
+    for start, stop in _chunks(size, most):
+        part = tensor if size <= most else tensor[start:stop]
         shape = (stop - start,)
         slots = channel.slots(tensor.dtype, shape)
         slots[channel.rank].copy_(part)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
 
 import torch
 
@@ -25,40 +26,44 @@ DTYPES = tuple(sorted((value for value in vars(torch).values() if isinstance(val
 _NUMBER = {dtype: number for number, dtype in enumerate(DTYPES)}
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(NamedTuple):
     """One collective call, as far as all ranks must agree on it.
 
     Args:
         kind: one of `KINDS`.
-        count: elements that one rank brings or takes, whichever is the same everywhere; 0 where that is nothing.
+        elements: how many one rank brings or takes, whichever is the same everywhere; 0 where that is nothing.
         op: the reduction, one of `OPS`.
         root: the rank that it starts from or ends at, within the group; -1 for none.
     """
 
     kind: str
     dtype: torch.dtype = torch.uint8
-    count: int = 0
+    elements: int = 0
     op: str = ""
     root: int = -1
 
     @property
     def code(self) -> int:
-        """Everything but the count, as one word."""
-        return KINDS.index(self.kind) | _NUMBER[self.dtype] << 8 | OPS.index(self.op) << 20 | (self.root + 1) << 24
+        """Everything but the number of elements, as one word."""
+        return _code(self.kind, self.dtype, self.op, self.root)
 
     @classmethod
-    def decode(cls, code: int, count: int) -> Call:
+    def decode(cls, code: int, elements: int) -> Call:
         """The call that these two words stand for."""
-        return cls(KINDS[code & 0xFF], DTYPES[code >> 8 & 0xFFF], count, OPS[code >> 20 & 0xF], (code >> 24) - 1)
+        return cls(KINDS[code & 0xFF], DTYPES[code >> 8 & 0xFFF], elements, OPS[code >> 20 & 0xF], (code >> 24) - 1)
 
     def __str__(self) -> str:
         if self.kind == "barrier":
             return "barrier"
         name = str(self.dtype).removeprefix("torch.")
-        what = [f"{self.count} x {name}" if self.kind != "all_to_all" else name]
+        what = [f"{self.elements} x {name}" if self.kind != "all_to_all" else name]
         if self.op:
             what.append(self.op)
         if self.root >= 0:
             what.append(f"root {self.root}")
         return f"{self.kind}({', '.join(what)})"
+
+
+@cache
+def _code(kind: str, dtype: torch.dtype, op: str, root: int) -> int:
+    return KINDS.index(kind) | _NUMBER[dtype] << 8 | OPS.index(op) << 20 | (root + 1) << 24

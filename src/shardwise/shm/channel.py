@@ -21,7 +21,7 @@ from shardwise.shm.errors import BrokenGroupError, CallMismatchError, LostRankEr
 from shardwise.shm.mailbox import PIECE_BYTES, PIECES, WORDS_EACH, Mailbox
 from shardwise.shm.segment import WORD, Segment, Shape
 
-SLOT_BYTES = 1 << 20
+SLOT_BYTES = 1 << 22
 """Of each rank's two slots. Memory is only taken as far as it is ever written."""
 
 _LINE = 8  # words of a cache line: flags that different ranks write lie on different ones
@@ -96,7 +96,7 @@ class Channel:
         for at in self._statuses:
             if self._words[at] >= _LOST:
                 self.listen()
-        self.call, self._code, self._count = call, call.code, call.count
+        self.call, self._code, self._count = call, call.code, call.elements
         self.calls += 1
 
     def publish(self) -> None:

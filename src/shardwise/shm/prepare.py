@@ -6,7 +6,6 @@ Everything that is wrong with one rank's own arguments is raised here, before an
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from itertools import chain
 from typing import TypeAlias
 
@@ -115,7 +114,7 @@ def all_to_all_single(
 def several(each: Iterable[Prepared]) -> Prepared:
     """Calls of one kind as one."""
     calls, steps = zip(*each, strict=True)
-    return replace(calls[0], count=sum(call.count for call in calls)), chain(*steps)
+    return calls[0]._replace(elements=sum(call.elements for call in calls)), chain(*steps)
 
 
 def _pieces(whole: Tensor, size: int) -> list[Tensor]:
