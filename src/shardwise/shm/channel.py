@@ -33,7 +33,7 @@ _TEXT_WORDS = 256
 _HERE, _LEFT, _LOST, _MISMATCHED, _BROKEN = range(5)
 _ERRORS: dict[int, type[ShardwiseError]] = {_LOST: LostRankError, _MISMATCHED: CallMismatchError, _BROKEN: BrokenGroupError}
 
-_SPINS = 1500  # some 50 microseconds
+_SPINS, _FEWEST_SPINS = 1500, 50  # some 50 and 2 microseconds
 _YIELDS = 200
 _SHORTEST, _LONGEST, _GROWTH = 2e-5, 1e-3, 1.25
 _LOOK = 0.02  # seconds between looks whether the others' processes live
@@ -87,7 +87,7 @@ class Channel:
         self._their_calls = tuple(tuple(at + said for at in self._theirs) for said in _SAID)
         self._statuses = tuple(at + _STATUS for at in self._theirs)
         crowded = self.size > len(os.sched_getaffinity(0))
-        self._spins = range(20 if crowded else _SPINS)
+        self._spins = self._most_spins = _FEWEST_SPINS if crowded else _SPINS
         self._yields = 20 if crowded else _YIELDS
         self._views: dict[tuple[torch.dtype, tuple[int, ...]], tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] = {}
 
@@ -179,10 +179,14 @@ class Channel:
         step, words = self.step, self._words
         for at in self._theirs:
             if words[at] < step:
-                for _ in self._spins:
+                spins = self._spins
+                for _ in range(spins):
                     if words[at] >= step:
+                        self._spins = min(2 * spins, self._most_spins)
                         break
                 else:
+                    # In vain, as when both ranks have only one core between them: sooner the next time.
+                    self._spins = max(spins // 2, _FEWEST_SPINS)
                     self.wait_slowly(self._watch())
         self.compare()
 
