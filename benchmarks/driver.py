@@ -23,6 +23,7 @@ class Found:
     """Of one contender in one case: for each figure the median of every round's steps, facts that have no rounds, and notes."""
 
     versions: dict[str, str] = field(default_factory=dict)
+    backend: str = ""
     error: str = ""
     facts: dict[str, float] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
@@ -94,7 +95,7 @@ class Run:
             facts, notes = replies[0]["facts"], replies[0]["notes"]
             assert isinstance(facts, dict)
             assert isinstance(notes, dict)
-            found.facts, found.notes = facts, notes
+            found.facts, found.notes, found.backend = facts, notes, str(replies[0]["backend"])
 
         if self.groups[name].error:
             found.error = self.groups[name].error

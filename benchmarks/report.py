@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks.contenders import CONTENDERS
+from benchmarks.driver import Found
 from benchmarks.markdown import number, table
 from benchmarks.results import FOLDER, Result, Spread
 from benchmarks.targets import verdicts
@@ -70,6 +71,10 @@ def figures(workload: Workload, result: Result, case: str) -> list[str]:
     reference = next((one.reference for one in workload.cases if one.name == case), {})
     heads += ["reference"] if reference else []
     rows = [_row(result, case, name, there, against_floor) for name in contenders]
+    backends = [_cpu_backend(found) for found in contenders.values()]
+    if set(backends) - {"", "fake"}:
+        heads.insert(1, "backend")
+        rows = [[row[0], backend, *row[1:]] for row, backend in zip(rows, backends, strict=True)]
     if reference:
         rows = [
             [*row, number(reference[name]) if name in reference else ""] for row, name in zip(rows, contenders, strict=True)
@@ -88,6 +93,11 @@ def _row(result: Result, case: str, name: str, there: list[str], against_floor: 
     ratio = result.ratio(case, name, "floor", there[0])
     cells[1:1] = ([f"{ratio.middle:.2f}" if ratio else ""]) if against_floor else []
     return [CONTENDERS[name].label, *cells]
+
+
+def _cpu_backend(found: Found) -> str:
+    """Of "cpu:gloo,cuda:nccl" it is gloo."""
+    return dict(part.split(":") for part in found.backend.split(",") if part).get("cpu", "")
 
 
 def said(spread: Spread | None) -> str:

@@ -17,6 +17,7 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import transformers
 
 from benchmarks.adapters import adapter_named
@@ -33,7 +34,8 @@ class Worker:
         self.prepared: Prepared | None = None
 
     def prepare(self, task: str, model: str, options: dict[str, object]) -> Reply:
-        """Make a step of a task ready. The facts that it finds on the way, and notes, are the answer."""
+        """Make a step of a task ready. The facts that it finds on the way, notes, and the backend of the process group are the
+        answer."""
         torch.manual_seed(0)
         try:
             self.prepared = import_module(f"benchmarks.tasks.{task}").prepare(self.adapter, Path(model), **options)
@@ -42,7 +44,8 @@ class Worker:
             raise
         gc.collect()
         gc.freeze()
-        return {"facts": self.prepared.facts, "notes": self.prepared.notes}
+        backend = dist.get_backend_config() if dist.is_initialized() else ""
+        return {"facts": self.prepared.facts, "notes": self.prepared.notes, "backend": backend}
 
     def round(self, steps: int) -> Reply:
         """The figures of some steps, by step."""
