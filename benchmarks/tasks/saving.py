@@ -8,6 +8,8 @@ import time
 from itertools import count
 from pathlib import Path
 
+import torch.distributed as dist
+
 from benchmarks.adapters.base import Adapter
 from benchmarks.memory import Watch
 from benchmarks.tasks import Figures, Prepared
@@ -31,6 +33,8 @@ def prepare(adapter: Adapter, folder: Path) -> Prepared:
             os.sync()
             synced = time.perf_counter() - began
         over = watch.most["RssAnon"] - watch.before["RssAnon"]
+        if dist.is_initialized():
+            dist.barrier()  # with some contenders every rank writes
         if os.environ.get("RANK", "0") == "0":
             shutil.rmtree(place)
         return {"on disk": synced, "save_pretrained": saved, "over": over / MIB}
