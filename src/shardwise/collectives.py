@@ -31,6 +31,8 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 from torch.nn.functional import pad
 
+from shardwise.compiled import SYNCHRONOUS, traced_all_reduce
+
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
@@ -43,8 +45,6 @@ gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 reduce_scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 _ALL_REDUCE = dist.all_reduce
-_NOW = dist.AllreduceOptions()
-_NOW.asyncOp = False
 
 
 def copy_to_tp(x: Tensor, mesh: Axis) -> Tensor:
@@ -237,13 +237,16 @@ def _sum_over_ranks(x: Tensor, mesh: Axis) -> None:
     Not where a compiler must see that call, where somebody watches (`dist.all_reduce` was replaced), or for complex numbers.
     """
     if torch.compiler.is_compiling():
-        dist.all_reduce(x, group=mesh if isinstance(mesh, str) else mesh.get_group())
+        if x.is_cpu and not x.is_complex():
+            x.copy_(traced_all_reduce(x, mesh if isinstance(mesh, str) else mesh.get_group().group_name))
+        else:
+            dist.all_reduce(x, group=mesh if isinstance(mesh, str) else mesh.get_group())
         return
     group = _resolve_process_group(mesh) if isinstance(mesh, str) else mesh.get_group()  # type: ignore[arg-type]
     if dist.all_reduce is not _ALL_REDUCE or x.is_complex():
         dist.all_reduce(x, group=group)
     else:
-        group.allreduce([x], _NOW).wait()
+        group.allreduce([x], SYNCHRONOUS).wait()
 
 
 def _slice(x: Tensor, mesh: DeviceMesh, dim: int, sizes: Sizes) -> Tensor:
