@@ -11,8 +11,15 @@ from transformers import PreTrainedConfig
 from shardwise.coverage import check_coverage
 from shardwise.errors import PlanError, describe
 from shardwise.generation import same_random_state
-from shardwise.hf import base_prefixes, build_on_meta, check_head, has_expert_plan, model_rules
-from shardwise.layers import ColwiseParallel
+from shardwise.hf import (
+    base_prefixes,
+    build_on_meta,
+    check_head,
+    has_expert_plan,
+    hidden_states_are_recorded,
+    model_rules,
+)
+from shardwise.layers import ColwiseParallel, Stream
 from shardwise.layers.registry import style_named
 from shardwise.mesh import expert_axis, local_device, tp_mesh
 from shardwise.model import ShardedModel
@@ -21,6 +28,7 @@ from shardwise.plan import Plan
 from shardwise.rendezvous import START_TIMEOUT, meet
 from shardwise.replicas import check_same_weights
 from shardwise.resolve import resolve
+from shardwise.sequence import with_sequence
 from shardwise.spec import Rule, ShardSpec
 from shardwise.state import gather_full
 
@@ -69,6 +77,7 @@ def parallelize(
     *,
     ep_size: int | None = None,
     overlap: bool = False,
+    sequence_parallel: bool = False,
 ) -> nn.Module:
     """Turn a model that every rank has in memory into each rank's part of it, in place, and return it.
 
@@ -81,6 +90,8 @@ def parallelize(
         overlap: in training, the all-reduce of an input's gradient runs while the weights' gradients of the linears that read
             the input are computed. The same collectives and gradients; worth it where an all-reduce takes longer than some
             ten microseconds of host time a linear. Compiled code is as without.
+        sequence_parallel: in training, each rank keeps its slice of the sequence between attention and MLP: the residual
+            stream takes 1/tp of the memory, for as many bytes sent. Not together with `overlap`.
 
     What is on meta stays there, at its local shape: `model.to_empty(device=...)` then gives memory of that shape, for buffers
     too, whose values are the caller's to fill in. Everything else goes to the rank's device.
@@ -94,8 +105,7 @@ def parallelize(
         return model
     refuse_parallel(model)
     table = make_plan(model, axis.size(), plan, ep_size=ep_size)
-    check_overlap(table, overlap)
-    state = ModelState(table, axis, expert_axis(axis, table.ep_size), overlap)
+    state = model_state(model, table, axis, expert_axis(axis, table.ep_size), overlap, sequence_parallel)
     meet(state.ep, "parallelize", START_TIMEOUT)
     check_same_weights(model, state.ep)
     device = local_device(axis)
@@ -142,7 +152,29 @@ def asked_ep_size(plan: PlanLike | None, ep_size: object) -> int | None:
     return None if ep_size == 1 else ep_size
 
 
-def check_overlap(table: Plan, overlap: object) -> None:
+def model_state(
+    model: nn.Module, table: Plan, mesh: DeviceMesh, ep: DeviceMesh, overlap: object, sequence_parallel: object
+) -> ModelState:
+    """What a parallel `model` carries, of what was asked for.
+
+    Raises `PlanError` for keywords that are neither True nor False, that `table` has nothing for, or that exclude each other.
+    """
+    _check_overlap(table, overlap)
+    if not isinstance(sequence_parallel, bool):
+        raise PlanError(f"sequence_parallel={sequence_parallel!r}: True or False.")
+    if sequence_parallel and overlap:
+        raise PlanError(
+            describe(
+                "overlap=True: with sequence_parallel=True there is no all-reduce of an input's gradient that could overlap.",
+                either=["overlap=True, or", "sequence_parallel=True"],
+            )
+        )
+    if not sequence_parallel:
+        return ModelState(table, mesh, ep, bool(overlap))
+    return ModelState(with_sequence(model, table), mesh, ep, stream=Stream(recorded=hidden_states_are_recorded))
+
+
+def _check_overlap(table: Plan, overlap: object) -> None:
     """Raise `PlanError` for an `overlap` that is neither True nor False, or that `table` has nothing for."""
     if not isinstance(overlap, bool):
         raise PlanError(f"overlap={overlap!r}: True or False.")

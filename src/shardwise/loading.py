@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import logging
 
-from shardwise.api import PlanLike, asked_ep_size, check_overlap, make_plan, parallelize
+from shardwise.api import PlanLike, asked_ep_size, make_plan, model_state, parallelize
 from shardwise.checkpoint import find_checkpoint, fingerprint, open_checkpoint
 from shardwise.errors import MismatchError, PlanError, ShardwiseError, describe
 from shardwise.generation import same_random_state
@@ -56,6 +56,7 @@ def from_pretrained(
     device_mesh: DeviceMesh | None = None,
     ep_size: int | None = None,
     overlap: bool = False,
+    sequence_parallel: bool = False,
     **kwargs: Any,
 ) -> nn.Module:
     """Load this rank's shards of a checkpoint into the transformers model that `auto_class` stands for. Collective.
@@ -69,7 +70,7 @@ def from_pretrained(
         tp_size: ranks on the tp axis, by default all processes.
         device_mesh: the caller's mesh (one-dimensional, or with an axis named "tp").
         ep_size: ranks over which experts are dealt: those of the tp axis, or a multiple of them.
-        overlap: as in `shardwise.parallelize`.
+        overlap, sequence_parallel: as in `shardwise.parallelize`.
         kwargs: transformers' own keywords (`dtype`, `attn_implementation`, `revision`, `output_loading_info`, ...).
 
     In one process the ordinary model is loaded. Raises `PlanError`, before a weight is read, for a plan that can't be carried
@@ -77,7 +78,7 @@ def from_pretrained(
     """
     ep_size = asked_ep_size(tp_plan, ep_size)
     if (tp_plan, tp_size, device_mesh, ep_size) == (None, None, None, None):
-        _refuse_lone(overlap)
+        _refuse_lone(overlap, sequence_parallel)
         return _ordinary(auto_class, path_or_id, kwargs)
     axis = tp_mesh(tp_size, device_mesh, ep_size)
     if axis is None or max(axis.size(), ep_size or 1) == 1:
@@ -92,7 +93,8 @@ def from_pretrained(
     ep = expert_axis(axis, ep_size)
     meet(ep, "from_pretrained", START_TIMEOUT)
     plan = "auto" if tp_plan is None else tp_plan
-    request = _Request(auto_class, os.fspath(path_or_id), axis, ep, plan, ep_size, overlap, _shared_seed(ep), kwargs)
+    how = (ep_size, overlap, sequence_parallel)
+    request = _Request(auto_class, os.fspath(path_or_id), axis, ep, plan, *how, _shared_seed(ep), kwargs)
     with torch.inference_mode(False):  # parameters made in inference mode could never be trained
         model = _together(ep, request.load)
     request.check_agreement(model)
@@ -109,6 +111,7 @@ def from_config(
     device_mesh: DeviceMesh | None = None,
     ep_size: int | None = None,
     overlap: bool = False,
+    sequence_parallel: bool = False,
     **kwargs: Any,
 ) -> nn.Module:
     """A freshly initialised model, the same on every rank whatever their seeds, in shards. Arguments as in `from_pretrained`.
@@ -117,17 +120,22 @@ def from_config(
     ep_size = asked_ep_size(tp_plan, ep_size)
     given = (tp_plan, tp_size, device_mesh, ep_size) != (None, None, None, None)
     if not given:
-        _refuse_lone(overlap)
+        _refuse_lone(overlap, sequence_parallel)
     axis = tp_mesh(tp_size, device_mesh, ep_size) if given else None
     if axis is not None:
         same_random_state(axis)
     model: nn.Module = auto_class.from_config(config, **kwargs)
-    return model if axis is None else parallelize(model, axis, tp_plan or "auto", ep_size=ep_size, overlap=overlap)
+    if axis is None:
+        return model
+    plan = tp_plan or "auto"
+    return parallelize(model, axis, plan, ep_size=ep_size, overlap=overlap, sequence_parallel=sequence_parallel)
 
 
-def _refuse_lone(overlap: bool) -> None:
+def _refuse_lone(overlap: bool, sequence_parallel: bool) -> None:
     if overlap:
         raise PlanError('overlap=True needs tensor parallelism, whose all-reduces it hides: give tp_plan="auto" too.')
+    if sequence_parallel:
+        raise PlanError('sequence_parallel=True needs ranks that share the sequence: give tp_plan="auto" too.')
 
 
 def _ordinary(auto_class: Any, path_or_id: str | os.PathLike[str], kwargs: dict[str, Any]) -> nn.Module:
@@ -146,6 +154,7 @@ class _Request:
     tp_plan: PlanLike
     ep_size: int | None
     overlap: bool
+    sequence_parallel: bool
     seed: int
     keywords: dict[str, Any]
 
@@ -171,8 +180,7 @@ class _Request:
         self.fingerprint = fingerprint(files)
         model = load_lazily(model_class, config, tensors, dtype=self.dtype, seed=self.seed, **rest)
         table = make_plan(model, self.mesh.size(), self.tp_plan, ep_size=self.ep_size)
-        check_overlap(table, self.overlap)
-        state = ModelState(table, self.mesh, self.ep, self.overlap)
+        state = model_state(model, table, self.mesh, self.ep, self.overlap, self.sequence_parallel)
         apply_plan(model, state, _reader(state), ShardedModel.for_model(model))
         if self.generation_config is not None:
             model.generation_config = self.generation_config

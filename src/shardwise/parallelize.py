@@ -19,7 +19,9 @@ from shardwise.layers import (
     OverlappedRegion,
     ParallelStyle,
     Region,
+    SequenceRowwise,
     ShardState,
+    Stream,
     can_overlap,
     is_parallel,
     original_class,
@@ -45,12 +47,14 @@ class ModelState:
         mesh: the tp axis, whose ranks compute the same tokens.
         ep: the ranks to which experts are dealt: the tp axis, or several neighbouring ones. A rank's model lies on all of them.
         overlap: the all-reduces of input gradients overlap with weight gradients.
+        stream: what the modules of a sequence-parallel model share; None of another.
     """
 
     plan: Plan
     mesh: DeviceMesh
     ep: DeviceMesh
     overlap: bool = False
+    stream: Stream | None = None
 
     def axis_of(self, row: ShardSpec | ModuleSpec) -> DeviceMesh:
         """The mesh that `row` lies on."""
@@ -78,7 +82,7 @@ def apply_plan(model: nn.Module, state: ModelState, read: ReadShard, root: type[
     regions: dict[str, Region] = {}
     for row in plan.modules:
         module, parent = model.get_submodule(row.name), row.name.rpartition(".")[0]
-        region = regions.setdefault(parent, _region(row, state.overlap)) if row.region else None
+        region = regions.setdefault(parent, _region(row, state)) if row.region else None
         _parallelize_module(module, row, state, region)
     if root is not None and not is_parallel(model):
         model.__dict__["_tp"] = ShardState(mesh, mesh)
@@ -198,8 +202,8 @@ def _replace_tensors(model: nn.Module, plan: Plan, read: ReadShard) -> None:
             (group._buffers if row.buffer else group._parameters)[child] = new  # type: ignore[assignment]
 
 
-def _region(row: ModuleSpec, overlap: bool) -> Region:
-    return OverlappedRegion(row.local_dropout) if overlap else Region(row.local_dropout)
+def _region(row: ModuleSpec, state: ModelState) -> Region:
+    return OverlappedRegion(row.local_dropout) if state.overlap else Region(row.local_dropout, state.stream)
 
 
 def _parallelize_module(module: nn.Module, row: ModuleSpec, model: ModelState, region: Region | None) -> None:
@@ -209,7 +213,10 @@ def _parallelize_module(module: nn.Module, row: ModuleSpec, model: ModelState, r
         if name in plan:
             own[child] = plan[name]
     layouts = {child: (spec.layout, spec.shape) for child, spec in own.items()}
-    state = ShardState(mesh, model.mesh, layouts, row.transposed, dict(row.options), region)
+    paths = tuple((tuple(path), name) for *path, name in (full.split(".") for full in row.stream_parameters))
+    state = ShardState(
+        mesh, model.mesh, layouts, row.transposed, dict(row.options), region, stream=model.stream, stream_parameters=paths
+    )
     for attribute, values in row.attributes.items():
         _set_local(module, attribute, values[mesh.get_local_rank()], state)
     summed = tuple(child for child, spec in own.items() if not spec.buffer and sums_gradient(spec, plan.size, plan.ep_size))
@@ -218,7 +225,11 @@ def _parallelize_module(module: nn.Module, row: ModuleSpec, model: ModelState, r
         plain = type(module).forward is nn.Linear.forward
         module.__dict__["_facts"] = Facts(group=mesh.get_group().group_name, plain=plain, shares=region is not None)
     late = model.overlap and not summed and issubclass(row.style, ColwiseParallel) and can_overlap(module)
-    module.__class__ = parallel_class(row.style, type(module), summed, (OverlappedLinear,) if late else ())
+    if row.around is None:
+        module.__class__ = parallel_class(row.style, type(module), summed, (OverlappedLinear,) if late else ())
+    else:
+        read = () if row.around is SequenceRowwise else summed  # that one's bias is no more than an addend
+        module.__class__ = parallel_class(row.around, type(module), read, (row.style,))
     if isinstance(module, OverlappedLinear):
         state.region = region = region or OverlappedRegion(alone=True)
         assert isinstance(region, OverlappedRegion)

@@ -117,6 +117,8 @@ class ModuleSpec:
         region: the module opens or closes a parallel region with siblings (the children of one parent).
         local_dropout: between them the parent drops out elements of local activations.
         axis: the ranks that its parameters lie on.
+        around: what a sequence-parallel model has in front of the style.
+        stream_parameters: of a decoder layer of such a model, the parameters inside of it that see a slice of the positions.
     """
 
     name: str
@@ -128,3 +130,5 @@ class ModuleSpec:
     region: bool = False
     local_dropout: bool = False
     axis: Axis = "tp"
+    around: type[ParallelStyle] | None = None
+    stream_parameters: tuple[str, ...] = ()

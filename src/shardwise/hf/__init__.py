@@ -6,11 +6,13 @@
 | `towers` | what lies around the text model of a vision-language or audio model |
 | `auto` | which class an Auto class stands for, generation config |
 | `load`, `checks` | a model made of lazy tensors, and whether the checkpoint fitted it |
+| `recording` | what is collected while a model runs |
 | `saving` | which tensors a checkpoint has, under which names |
 """
 
 from shardwise.hf.auto import attach_generation_config, refuse_quantized, resolve_model_class
 from shardwise.hf.load import load_lazily
+from shardwise.hf.recording import hidden_states_are_recorded
 from shardwise.hf.rules import base_prefixes, build_on_meta, check_head, has_expert_plan, model_rules
 from shardwise.hf.saving import checkpoint_tensors, description_files
 
@@ -22,6 +24,7 @@ __all__ = [
     "checkpoint_tensors",
     "description_files",
     "has_expert_plan",
+    "hidden_states_are_recorded",
     "load_lazily",
     "model_rules",
     "refuse_quantized",

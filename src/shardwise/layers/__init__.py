@@ -64,6 +64,15 @@ from shardwise.layers.replicated import (
     ReplicatedWithGradAllReduce,
     SequenceParallel,
 )
+from shardwise.layers.sequence import (
+    SequenceLayer,
+    SequencePointwise,
+    SequenceRegion,
+    SequenceRowwise,
+    SequenceStyle,
+    SequenceWhole,
+    Stream,
+)
 from shardwise.layers.traced import Facts
 
 STYLES: MappingProxyType[str, type[ParallelStyle]] = MappingProxyType(
@@ -133,8 +142,15 @@ __all__ = [
     "RowwiseParallel",
     "RowwiseScatterOutput",
     "RowwiseSplitInput",
+    "SequenceLayer",
     "SequenceParallel",
+    "SequencePointwise",
+    "SequenceRegion",
+    "SequenceRowwise",
+    "SequenceStyle",
+    "SequenceWhole",
     "ShardState",
+    "Stream",
     "can_overlap",
     "is_parallel",
     "original_class",

@@ -22,6 +22,8 @@ from shardwise.layout import Block, Layout, Packed, Replicated, Shape, Sharded, 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+    from shardwise.layers.sequence import Stream
+
 Axis = Literal["tp", "ep"]
 """On which ranks something lies: those that compute the same tokens, or those to which experts are dealt (these, or more)."""
 
@@ -98,6 +100,9 @@ class ShardState:
         restore: attributes as they were before, for the way back.
         summed: while the module's forward runs, the parameters that it has read whose gradient is summed; else None.
         without_bias: a forward of the module's own runs, and must not add the bias, which is added after a sum.
+        stream: what the modules of a sequence-parallel model share; None of another.
+        stream_parameters: of a decoder layer of such a model, the whole parameters that see a slice of the positions, each by
+            the path of its module and its name.
 
     `sizes` has the ranks' lengths along each parameter's cut dim; `batches` says how many different batches of tokens the
     ranks of `mesh` compute.
@@ -112,6 +117,8 @@ class ShardState:
     restore: dict[str, object] = field(default_factory=dict)
     summed: dict[str, Tensor] | None = None
     without_bias: bool = False
+    stream: Stream | None = None
+    stream_parameters: tuple[tuple[tuple[str, ...], str], ...] = ()
 
     def __post_init__(self) -> None:
         size = self.mesh.size()
@@ -157,6 +164,7 @@ class ParallelStyle(nn.Module):
     opens_region: ClassVar[bool] = False
     closes_region: ClassVar[bool] = False
     gradient_is_partial: ClassVar[bool] = False
+    sums_itself: ClassVar[bool] = True  # else whoever calls the module says which values its summed parameters have
     _tp: ShardState
 
     @classmethod
@@ -213,7 +221,7 @@ def _make_class(recipe: Recipe) -> type[nn.Module]:
     style, base, summed, between = recipe
     namespace: dict[str, object] = {name: _summed_parameter(name) for name in summed}
     namespace |= {"__module__": base.__module__, "_recipe": recipe, "__reduce_ex__": _reduce_parallel}
-    if summed:
+    if summed and style.sums_itself:
         namespace["forward"] = _summing_forward(style, *between, base)
     return type(f"{style.prefix}{base.__name__}", (style, *between, base), namespace)
 

@@ -114,14 +114,17 @@ class RowwiseParallel(LinearStyle):
     def forward(self, input: Tensor) -> Tensor:
         if torch.compiler.is_compiling() and self._facts["plain"]:
             return traced.rowwise(self, input)
-        state, weight, bias = self._tp, self.weight, self._parameters.get("bias")
+        state, bias = self._tp, self._parameters.get("bias")
         state.leave()
-        if state.options.get("own_forward"):
-            partial = self._without_bias(input)
-        else:
-            partial = torch.matmul(input, weight) if state.transposed else linear(input, weight)
-        output = reduce_from_tp(partial, state.mesh)
+        output = reduce_from_tp(self._product(input), state.mesh)
         return output if bias is None else output + bias
+
+    def _product(self, input: Tensor) -> Tensor:
+        """What this rank adds to the sum, without the bias."""
+        if self._tp.options.get("own_forward"):
+            return self._without_bias(input)
+        weight = self.weight
+        return torch.matmul(input, weight) if self._tp.transposed else linear(input, weight)
 
     def _without_bias(self, input: Tensor) -> Tensor:
         self._tp.without_bias = True

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,8 @@ from shardwise.collectives import copy_to_tp
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+
+    from shardwise.layers.sequence import Stream
 
 
 class Region:
@@ -31,8 +34,9 @@ class Region:
     ranks keep the common stream: their masks are valid each, and alike.
     """
 
-    def __init__(self, local_dropout: bool = False) -> None:
+    def __init__(self, local_dropout: bool = False, stream: Stream | None = None) -> None:
         self._local_dropout = local_dropout
+        self._stream = stream
         self._last: tuple[Tensor, int, Tensor] | None = None
         self._common: _RandomState | None = None
 
@@ -42,6 +46,8 @@ class Region:
             self._common = _RandomState(x.device)
             self._common.diverge(mesh.get_local_rank())
         if not (x.requires_grad and torch.is_grad_enabled()):
+            return x
+        if self._stream is not None and self._stream.sizes is not None:  # gathered, its gradient summed, by the module
             return x
         # A tensor that was written to between two siblings is another value in the same object.
         version = 0 if torch.compiler.is_dynamo_compiling() else x._version
@@ -60,10 +66,10 @@ class Region:
             self._common = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Region:
-        return Region(self._local_dropout)
+        return Region(self._local_dropout, deepcopy(self._stream, memo))
 
-    def __reduce__(self) -> tuple[type[Region], tuple[bool]]:
-        return Region, (self._local_dropout,)
+    def __reduce__(self) -> tuple[type[Region], tuple[bool, Stream | None]]:
+        return Region, (self._local_dropout, self._stream)
 
 
 def drops_out(module: nn.Module) -> bool:
