@@ -7,12 +7,16 @@ Tolerances as in `test_parity.py`: a norm's gradient that is not summed over the
 from __future__ import annotations
 
 import copy
+import importlib
 from collections import Counter
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.distributed import _symmetric_memory as symmetric_memory
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -26,6 +30,7 @@ from shardwise.collectives import gather_from_tp
 from shardwise.errors import PlanError, ShardwiseError
 from shardwise.layers import SequenceLayer, SequenceRegion, SequenceWhole, is_parallel
 from shardwise.sequence import with_sequence
+from shardwise.testing.fake import fake_rank
 
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 OTHERS: dict[str, dict[str, object]] = {
@@ -346,3 +351,70 @@ def test_hidden_states_that_are_asked_for(pool2):
     for said, found in pool2.run(collected):
         assert "output_hidden_states" in said
         assert found == [8, 8, 8]
+
+
+# --- compiled ---
+
+
+def compiled(backend: str | None, length: int) -> tuple[dict[str, Tensor] | None, int]:
+    """On a rank: gradients of two steps, and how many graphs there are; a recompilation is an error."""
+    model, batch = split("qwen3"), of_length(length)
+    torch._dynamo.reset()
+    counters.clear()
+    called = model if backend is None else torch.compile(model, fullgraph=True, backend=backend)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(2):
+            called(input_ids=batch.input_ids, labels=batch.labels).loss.backward()
+    return gradients(model), counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize(("backend", "length"), [("aot_eager", 8), ("aot_eager", 7), ("inductor", 8)])
+def test_compiled_model(backend, length, pool2):
+    """Guards: a graph break, a graph for every layer or step; an input's gradient that is summed by an all-reduce and again by
+    the reduce-scatter, since traced layers have a code path of their own.
+    """
+    expected = train(build("qwen3"), of_length(length), of_length(length))
+    found, graphs = pool2.run(compiled, backend, length, timeout=240.0)[0]
+    assert graphs == 1
+    assert gradient_error(found, expected) < 1e-3
+
+
+def fused(model: nn.Module) -> list[Counter[str]]:
+    """What Inductor's async-TP pass makes of the forward and the backward graph of `model`: the products of each gather that it
+    fused, and the products fused with a reduce-scatter; and the collectives that are left.
+    """
+    found: list[Counter[str]] = []
+
+    def count(graph: torch.fx.Graph) -> None:
+        graph = copy.deepcopy(graph)  # what it makes runs on GPUs only
+        own_pass(graph)
+        nodes = [node for node in graph.nodes if node.op == "call_function"]
+        names = Counter(node.target.__name__ for node in nodes if "all_gather_into" in str(node.target))
+        names += Counter(node.target.__name__ for node in nodes if "reduce_scatter_tensor" in str(node.target))
+        gathers = [node for node in nodes if node.target is torch.ops.symm_mem.fused_all_gather_matmul.default]
+        names += Counter(f"gather and {len(node.args[1])} products" for node in gathers)
+        scatters = [node for node in nodes if node.target is torch.ops.symm_mem.fused_matmul_reduce_scatter.default]
+        found.append(names + Counter({"product and reduce-scatter": len(scatters)}))
+
+    own_pass = importlib.import_module("torch._inductor.fx_passes.micro_pipeline_tp").micro_pipeline_tp_pass
+    torch._dynamo.reset()
+    with (
+        patch("torch._inductor.fx_passes.post_grad.micro_pipeline_tp_pass", count),
+        patch.object(torch.distributed, "is_nccl_available", lambda: True),
+        symmetric_memory._test_mode(),
+        torch._inductor.config.patch(_micro_pipeline_tp=True, force_disable_caches=True),
+    ):
+        called = torch.compile(model, fullgraph=True)
+        called(input_ids=of_length(8).input_ids, use_cache=False).logits.sum().backward()
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo does
+def test_async_tp():
+    """Guards: a copy, a view or a pad between a gather or reduce-scatter and the products that Inductor's pass does not see
+    past, so that nothing of a layer is overlapped.
+    """
+    with fake_rank(2):
+        found = {n: fused(split("llama", num_hidden_layers=n)) for n in (1, 2)}
+    print(found)

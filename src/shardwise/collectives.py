@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 from torch.nn.functional import pad
 
-from shardwise.compiled import SYNCHRONOUS, traced_all_reduce
+from shardwise.compiled import SYNCHRONOUS, traced_all_gather, traced_all_reduce, traced_reduce_scatter
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -256,6 +256,8 @@ def _slice(x: Tensor, mesh: DeviceMesh, dim: int, sizes: Sizes) -> Tensor:
 
 def _all_gather(x: Tensor, mesh: DeviceMesh, dim: int, sizes: Sizes) -> Tensor:
     dim, longest = dim % x.dim(), max(sizes)
+    if torch.compiler.is_compiling() and min(sizes) == longest:
+        return traced_all_gather(x, dim, mesh.get_group().group_name, len(sizes))
     if x.shape[dim] < longest:
         x = pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, longest - x.shape[dim]))
     x = x.contiguous()
@@ -271,6 +273,8 @@ def _all_gather(x: Tensor, mesh: DeviceMesh, dim: int, sizes: Sizes) -> Tensor:
 
 def _reduce_scatter(x: Tensor, mesh: DeviceMesh, dim: int, sizes: Sizes) -> Tensor:
     dim, longest = dim % x.dim(), max(sizes)
+    if torch.compiler.is_compiling() and min(sizes) == longest:
+        return traced_reduce_scatter(x, dim, mesh.get_group().group_name, len(sizes))
     starts = (0, *accumulate(sizes[:-1]))
     parts = [x.narrow(dim, start, length) for start, length in zip(starts, sizes, strict=True)]
     if min(sizes) < longest:

@@ -36,6 +36,27 @@ def traced_all_reduce(x: Tensor, group: str) -> Tensor:
     return total
 
 
+def traced_all_gather(x: Tensor, dim: int, group: str, size: int) -> Tensor:
+    """For code that is being traced: the ranks' equal slices put together.  (..., n, ...) -> (..., size * n, ...)
+
+    What Inductor's async-TP pass fuses with the products that read it: no copy and no view between the wait and the `cat`.
+    """
+    started = torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), size, group)
+    gathered: Tensor = torch.ops._c10d_functional.wait_tensor(started)
+    return gathered if dim == 0 else torch.cat(gathered.chunk(size), dim)
+
+
+def traced_reduce_scatter(x: Tensor, dim: int, group: str, size: int) -> Tensor:
+    """For code that is being traced: this rank's slice of the sum.  (..., size * n, ...) -> (..., n, ...)
+
+    What Inductor's async-TP pass fuses with the product that it reads, as for `traced_all_gather`.
+    """
+    stacked = x.contiguous() if dim == 0 else torch.cat(x.chunk(size, dim))
+    started = torch.ops._c10d_functional.reduce_scatter_tensor(stacked, "sum", size, group)
+    mine: Tensor = torch.ops._c10d_functional.wait_tensor(started)
+    return mine
+
+
 def _all_reduce_(x: Tensor, group: str) -> None:
     _resolve_process_group(group).allreduce([x], SYNCHRONOUS).wait()  # type: ignore[arg-type]
 

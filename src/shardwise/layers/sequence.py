@@ -11,8 +11,8 @@ when a layer is recomputed, whatever ran in between.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,8 +90,14 @@ class SequenceLayer(SequenceStyle):
             sizes = self._find(hidden, kwargs)
         if sizes is None:
             return super().forward(hidden, *args, **kwargs)
-        with _running(stream, sizes), self._summed():
+        # No context managers: Dynamo cannot trace a generator that leaves a `with` block by `return`.
+        earlier, stream.sizes, owners = stream.sizes, sizes, self._sum_together()
+        try:
             output = super().forward(hidden, *args, **kwargs)
+        finally:
+            stream.sizes = earlier
+            for owner in owners:
+                owner._tp.summed = None
         result = output[0] if isinstance(output, tuple) else output
         _check(self, result, sizes[mesh.get_local_rank()], "gave")
         if not options.get("last"):
@@ -120,23 +126,19 @@ class SequenceLayer(SequenceStyle):
         _check(self, hidden, sizes[self._tp.tp.get_local_rank()], "was given")
         return sizes
 
-    @contextmanager
-    def _summed(self) -> Iterator[None]:
-        """In the block, reading one of the stream's parameters gives a value whose gradient is summed over the ranks."""
+    def _sum_together(self) -> list[ParallelStyle]:
+        """Give each of the stream's parameters that is trained a value whose gradient is summed over the ranks; their modules
+        are returned, which read these values until they are taken away.
+        """
         owners = [(_at(self, path), name) for path, name in self._tp.stream_parameters]
         read = [(owner, name, owner._parameters[name]) for owner, name in owners]
         trained = [(owner, name, p) for owner, name, p in read if p is not None and p.requires_grad]
-        copies = _copy_together([p for _, _, p in trained], self._tp.tp) if torch.is_grad_enabled() else []
-        if not copies:
-            yield
-            return
+        if not trained or not torch.is_grad_enabled():
+            return []
+        copies = _copy_together([p for _, _, p in trained], self._tp.tp)
         for (owner, name, _), value in zip(trained, copies, strict=True):
             owner._tp.summed = {**(owner._tp.summed or {}), name: value}
-        try:
-            yield
-        finally:
-            for owner, _, _ in trained:
-                owner._tp.summed = None
+        return [owner for owner, _, _ in trained]
 
 
 class SequencePointwise(SequenceStyle):
@@ -188,8 +190,11 @@ class SequenceWhole(SequenceStyle):
         hidden, args, kwargs = _first(args, kwargs)
         _check(self, hidden, sizes[mesh.get_local_rank()], "was given")
         gathered = gather_from_tp(hidden, mesh, 1, sizes)
-        with _running(stream, None):
+        stream.sizes = None
+        try:
             output = super().forward(gathered, *args, **kwargs)
+        finally:
+            stream.sizes = sizes
         result = output[0] if isinstance(output, tuple) else output
         _check(self, result, sum(sizes), "gave")
         if isinstance(output, tuple) and any(isinstance(other, Tensor) and other.shape == result.shape for other in output[1:]):
@@ -211,16 +216,6 @@ class SequenceRowwise(RowwiseParallel):
         output = reduce_scatter_to_sp(self._product(input), self._tp.tp, 1, stream.sizes)
         bias = self._parameters.get("bias")
         return output if bias is None else output + (self._tp.summed or {}).get("bias", bias)
-
-
-@contextmanager
-def _running(stream: Stream, sizes: Sizes | None) -> Iterator[None]:
-    earlier = stream.sizes
-    stream.sizes = sizes
-    try:
-        yield
-    finally:
-        stream.sizes = earlier
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:

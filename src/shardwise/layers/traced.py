@@ -22,17 +22,20 @@ if TYPE_CHECKING:
 
 class Facts(TypedDict):
     """Of one linear layer: the name of the process group, whether its own forward is torch's, and whether it has siblings that
-    may read the same input, in front of a row-wise layer.
+    may read the same input, in front of a row-wise layer; and whether its module may gather the input itself.
     """
 
     group: str
     plain: bool
     shares: bool
+    gathered: bool
 
 
 def colwise(layer: LinearStyle, x: Tensor) -> Tensor:
     """As `ColwiseParallel.forward` of a layer whose own forward is torch's.  X (..., in) I -> Y (..., out/tp) S(-1)."""
     facts = layer._facts
+    if facts["gathered"] and layer._tp.stream is not None and layer._tp.stream.sizes is not None:
+        return linear(x, layer.weight, layer._parameters["bias"])
     entered = _LAST_COPY.enter(x, facts["group"]) if facts["shares"] else copy_to_tp(x, facts["group"])
     return linear(entered, layer.weight, layer._parameters["bias"])
 
