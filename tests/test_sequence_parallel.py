@@ -402,7 +402,7 @@ def fused(model: nn.Module) -> list[Counter[str]]:
         patch("torch._inductor.fx_passes.post_grad.micro_pipeline_tp_pass", count),
         patch.object(torch.distributed, "is_nccl_available", lambda: True),
         symmetric_memory._test_mode(),
-        torch._inductor.config.patch(_micro_pipeline_tp=True, force_disable_caches=True),
+        torch._inductor.config.patch(_micro_pipeline_tp=True, fx_graph_cache=False),
     ):
         called = torch.compile(model, fullgraph=True)
         called(input_ids=of_length(8).input_ids, use_cache=False).logits.sum().backward()
@@ -412,9 +412,11 @@ def fused(model: nn.Module) -> list[Counter[str]]:
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo does
 def test_async_tp():
-    """Guards: a copy, a view or a pad between a gather or reduce-scatter and the products that Inductor's pass does not see
-    past, so that nothing of a layer is overlapped.
+    """Guards: a copy, a view or a pad between a collective and the products around it, past which Inductor's pass finds nothing
+    to overlap. Forward, all of a layer is fused: q, k and v read one gather, gate and up another. Backward, the gathers are
+    fused with the products behind them; in front of a reduce-scatter stands a sum of several products, which the pass leaves.
     """
     with fake_rank(2):
-        found = {n: fused(split("llama", num_hidden_layers=n)) for n in (1, 2)}
-    print(found)
+        (forward, backward), (forward_of_two, backward_of_two) = (fused(split("llama", num_hidden_layers=n)) for n in (1, 2))
+    assert forward_of_two - forward == {"gather and 3 products": 1, "gather and 2 products": 1, "product and reduce-scatter": 2}
+    assert backward_of_two - backward == {"gather and 1 products": 2, "reduce_scatter_tensor.default": 2}
