@@ -337,6 +337,37 @@ def test_keywords(threads):
         shardwise.AutoModelForCausalLM.from_pretrained("nowhere", sequence_parallel=True)
 
 
+def in_training_mode() -> tuple[Tensor, str]:
+    """On a rank: tokens generated in training mode; and what compiled code says of hidden states that are asked for."""
+    model, ids = split("llama"), of_length(8).input_ids
+    tokens = model.generate(ids, max_new_tokens=6, do_sample=False)
+    model.eval()(input_ids=ids, output_hidden_states=True)  # transformers' hooks, which cannot be compiled the first time
+    model.train()
+    torch._dynamo.reset()
+    with pytest.raises(ShardwiseError) as error:
+        torch.compile(model, backend="eager")(input_ids=ids, output_hidden_states=True)
+    return tokens, str(error.value)
+
+
+def test_generating_and_compiling_in_training_mode(pool2):
+    """Guards: a cache that has the slices of a prompt in it; slices handed out as the hidden states by compiled code."""
+    expected = build("llama").generate(of_length(8).input_ids, max_new_tokens=6, do_sample=False)
+    for tokens, said in pool2.run(in_training_mode):
+        assert torch.equal(tokens, expected)
+        assert "output_hidden_states" in said
+
+
+def dealt() -> dict[str, Tensor] | None:
+    """On a rank: the gradients of a model whose experts are dealt."""
+    model = shardwise.parallelize(build("mixtral"), tp_axis(), ep_size=2, sequence_parallel=True)
+    return train(model, of_length(7), of_length(8))
+
+
+def test_dealt_experts(pool2):
+    """Guards: experts that are given one rank's positions, each token of which travels again."""
+    assert gradient_error(pool2.run(dealt)[0], train(build("mixtral"), of_length(7), of_length(8))) < 1e-3
+
+
 def collected() -> tuple[str, list[int]]:
     """On a rank: what is said of hidden states that are asked for in training, and their lengths in evaluation mode."""
     model, ids = split("llama"), of_length(8).input_ids

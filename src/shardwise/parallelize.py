@@ -223,9 +223,7 @@ def _parallelize_module(module: nn.Module, row: ModuleSpec, model: ModelState, r
     module.__dict__["_tp"] = state
     if issubclass(row.style, LinearStyle):
         plain = type(module).forward is nn.Linear.forward
-        shares = region is not None
-        gathered = shares and model.stream is not None
-        module.__dict__["_facts"] = Facts(group=mesh.get_group().group_name, plain=plain, shares=shares, gathered=gathered)
+        module.__dict__["_facts"] = Facts(group=mesh.get_group().group_name, plain=plain, shares=region is not None)
     late = model.overlap and not summed and issubclass(row.style, ColwiseParallel) and can_overlap(module)
     if row.around is None:
         module.__class__ = parallel_class(row.style, type(module), summed, (OverlappedLinear,) if late else ())

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from shardwise.collectives import (
     Sizes,
@@ -29,6 +30,7 @@ from shardwise.collectives import (
     scatter_to_tp,
 )
 from shardwise.errors import ShardwiseError, describe
+from shardwise.layers import traced
 from shardwise.layers.base import ParallelStyle, original_class
 from shardwise.layers.linear import RowwiseParallel
 from shardwise.layers.region import local_random_stream
@@ -65,8 +67,9 @@ class SequenceStyle(Replicate):
 
     def _own_masks(self, device: torch.device) -> AbstractContextManager[None]:
         """A random stream of this rank's own: every slice has masks of its own."""
-        drops = self.training and self._tp.options.get("drops_out") and not torch.compiler.is_compiling()
-        return local_random_stream(device, self._tp.tp.get_local_rank()) if drops else nullcontext()
+        if torch.compiler.is_compiling() or not (self.training and self._tp.options.get("drops_out")):
+            return nullcontext()
+        return local_random_stream(device, self._tp.tp.get_local_rank())
 
 
 class SequenceLayer(SequenceStyle):
@@ -109,7 +112,7 @@ class SequenceLayer(SequenceStyle):
         size = self._tp.tp.size()
         if not self.training or hidden.dim() != 3 or hidden.shape[1] < LEAST * size:
             return None
-        if not torch.compiler.is_compiling() and stream.recorded():
+        if stream.recorded():
             raise ShardwiseError(
                 describe(
                     "output_hidden_states: with sequence_parallel=True a rank has its slice of them only.",
@@ -169,8 +172,15 @@ class SequenceRegion(SequenceStyle):
         hidden, args, kwargs = _first(args, kwargs)
         _check(self, hidden, sizes[mesh.get_local_rank()], "was given")
         gathered = gather_from_sp(hidden, mesh, 1, sizes)
-        with self._own_masks(hidden.device):
-            return super().forward(gathered, *args, **kwargs)
+        compiling = torch.compiler.is_compiling()
+        if compiling:
+            traced.say_gathered(True)
+        try:
+            with self._own_masks(hidden.device):
+                return super().forward(gathered, *args, **kwargs)
+        finally:
+            if compiling:
+                traced.say_gathered(False)
 
 
 class SequenceWhole(SequenceStyle):
@@ -212,8 +222,12 @@ class SequenceRowwise(RowwiseParallel):
         stream = self._tp.stream
         if stream is None or stream.sizes is None:
             return super().forward(input)
-        self._tp.leave()
-        output = reduce_scatter_to_sp(self._product(input), self._tp.tp, 1, stream.sizes)
+        if torch.compiler.is_compiling() and self._facts["plain"]:
+            product = linear(input, self.weight)
+        else:
+            self._tp.leave()
+            product = self._product(input)
+        output = reduce_scatter_to_sp(product, self._tp.tp, 1, stream.sizes)
         bias = self._parameters.get("bias")
         return output if bias is None else output + (self._tp.summed or {}).get("bias", bias)
 

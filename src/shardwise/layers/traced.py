@@ -22,20 +22,17 @@ if TYPE_CHECKING:
 
 class Facts(TypedDict):
     """Of one linear layer: the name of the process group, whether its own forward is torch's, and whether it has siblings that
-    may read the same input, in front of a row-wise layer; and whether its module may gather the input itself.
+    may read the same input, in front of a row-wise layer.
     """
 
     group: str
     plain: bool
     shares: bool
-    gathered: bool
 
 
 def colwise(layer: LinearStyle, x: Tensor) -> Tensor:
     """As `ColwiseParallel.forward` of a layer whose own forward is torch's.  X (..., in) I -> Y (..., out/tp) S(-1)."""
     facts = layer._facts
-    if facts["gathered"] and layer._tp.stream is not None and layer._tp.stream.sizes is not None:
-        return linear(x, layer.weight, layer._parameters["bias"])
     entered = _LAST_COPY.enter(x, facts["group"]) if facts["shares"] else copy_to_tp(x, facts["group"])
     return linear(entered, layer.weight, layer._parameters["bias"])
 
@@ -48,15 +45,25 @@ def rowwise(layer: LinearStyle, x: Tensor) -> Tensor:
     return output if bias is None else output + bias
 
 
+def say_gathered(gathered: bool) -> None:
+    """Say whether what the column-wise layers of a region are given from here on was gathered, so that its gradient is summed
+    where it was.
+    """
+    _LAST_COPY.gathered = gathered
+
+
 class _LastCopy:
     """One `copy_to_tp` for all siblings that read the same tensor, as `Region` has it in eager code."""
 
     def __init__(self) -> None:
         self._last: tuple[Tensor, Tensor] | None = None
+        self.gathered = False
 
     def enter(self, x: Tensor, group: str) -> Tensor:
         """`copy_to_tp(x, group)`, made once for one `x` in a row. Shapes: any, unchanged."""
         if not (x.requires_grad and torch.is_grad_enabled()):
+            return x
+        if self.gathered:  # by the module, whose gather sums the gradient
             return x
         last = self._last
         if last is not None and last[0] is x:
