@@ -177,6 +177,18 @@ def test_recomputed_layers(reentrant, pool2):
 # --- the model as an object ---
 
 
+def planned() -> dict[str, Tensor] | None:
+    """On a rank: the gradients of a model by the plan of another one."""
+    model = shardwise.parallelize(build("llama"), tp_axis(), plan=split("llama")._shardwise.plan)
+    assert isinstance(model.model.layers[0], SequenceLayer)
+    return train(model, of_length(7))
+
+
+def test_a_plan_that_says_so(pool2):
+    """Guards: a plan whose rows are sequence parallel, of which only a part is carried out without the keyword."""
+    assert gradient_error(pool2.run(planned)[0], train(build("llama"), of_length(7))) < 1e-3
+
+
 def copied_and_undone() -> tuple[dict[str, Tensor] | None, ...]:
     """On a rank: the gradients of a model, of its copy, and of the ordinary model that it was."""
     model = split("qwen3")

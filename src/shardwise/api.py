@@ -28,7 +28,7 @@ from shardwise.plan import Plan
 from shardwise.rendezvous import START_TIMEOUT, meet
 from shardwise.replicas import check_same_weights
 from shardwise.resolve import resolve
-from shardwise.sequence import with_sequence
+from shardwise.sequence import has_sequence, with_sequence
 from shardwise.spec import Rule, ShardSpec
 from shardwise.state import gather_full
 
@@ -162,6 +162,7 @@ def model_state(
     _check_overlap(table, overlap)
     if not isinstance(sequence_parallel, bool):
         raise PlanError(f"sequence_parallel={sequence_parallel!r}: True or False.")
+    sequence_parallel = sequence_parallel or has_sequence(table)
     if sequence_parallel and overlap:
         raise PlanError(
             describe(

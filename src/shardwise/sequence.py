@@ -50,7 +50,7 @@ def with_sequence(model: nn.Module, plan: Plan) -> Plan:
 
     Raises `PlanError` for a model that does more with its hidden states than that allows, naming the module and why.
     """
-    if plan.size == 1 or any(_is_sequence(row) for row in plan.modules):
+    if plan.size == 1 or has_sequence(plan):
         return plan
     return _Choice(model, plan).made()
 
@@ -203,8 +203,9 @@ class _Choice:
         return any(row.sharded and row.name.startswith(f"{name}.") for row in self.plan.tensors)
 
 
-def _is_sequence(row: ModuleSpec) -> bool:
-    return issubclass(row.style, SequenceStyle) or row.around is not None
+def has_sequence(plan: Plan) -> bool:
+    """Whether `plan` is that of a sequence-parallel model."""
+    return any(row.around is not None or issubclass(row.style, SequenceStyle) for row in plan.modules)
 
 
 def _is_norm(module: nn.Module) -> bool:
