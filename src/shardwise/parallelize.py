@@ -221,10 +221,15 @@ def _parallelize_module(module: nn.Module, row: ModuleSpec, model: ModelState, r
         _set_local(module, attribute, values[mesh.get_local_rank()], state)
     summed = tuple(child for child, spec in own.items() if not spec.buffer and sums_gradient(spec, plan.size, plan.ep_size))
     module.__dict__["_tp"] = state
+    late = model.overlap and not summed and issubclass(row.style, ColwiseParallel) and can_overlap(module)
     if issubclass(row.style, LinearStyle):
         plain = type(module).forward is nn.Linear.forward
-        module.__dict__["_facts"] = Facts(group=mesh.get_group().group_name, plain=plain, shares=region is not None)
-    late = model.overlap and not summed and issubclass(row.style, ColwiseParallel) and can_overlap(module)
+        module.__dict__["_facts"] = Facts(
+            group=mesh.get_group().group_name,
+            plain=plain,
+            direct=plain and not summed and not late and row.around is None,
+            shares=region is not None,
+        )
     if row.around is None:
         module.__class__ = parallel_class(row.style, type(module), summed, (OverlappedLinear,) if late else ())
     else:

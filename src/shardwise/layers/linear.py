@@ -66,9 +66,13 @@ class ColwiseParallel(LinearStyle):
         return cut.along(_output_dim(shape, cut))
 
     def forward(self, input: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() and self._facts["plain"]:
+        facts, own = self._facts, self._parameters
+        if torch.compiler.is_compiling() and facts["plain"]:
             return traced.colwise(self, input)
-        output: Tensor = super().forward(self._tp.enter(input, self.training))
+        entered = self._tp.enter(input, self.training)
+        if facts["direct"] and len(own) == 2 and (weight := own["weight"]) is not None:
+            return linear(entered, weight, own["bias"])
+        output: Tensor = super().forward(entered)
         return output
 
 
@@ -121,6 +125,9 @@ class RowwiseParallel(LinearStyle):
 
     def _product(self, input: Tensor) -> Tensor:
         """What this rank adds to the sum, without the bias."""
+        own = self._parameters
+        if self._facts["direct"] and len(own) == 2 and (mine := own["weight"]) is not None:
+            return linear(input, mine)
         if self._tp.options.get("own_forward"):
             return self._without_bias(input)
         weight = self.weight

@@ -21,12 +21,17 @@ if TYPE_CHECKING:
 
 
 class Facts(TypedDict):
-    """Of one linear layer: the name of the process group, whether its own forward is torch's, and whether it has siblings that
-    may read the same input, in front of a row-wise layer.
+    """What the forward of a linear layer goes by: plain values, see above.
+
+    Of these, `group` is the name of the process group; `plain`: the layer's own forward is torch's; `direct`: besides, nothing
+    happens when its weight is read and nothing else is mixed in, so that eager code may multiply by what torch keeps in
+    `_parameters` (nothing, where the layer is parametrized), which is faster than to ask the layer; `shares`: it has siblings
+    that may read the same input, in front of a row-wise layer.
     """
 
     group: str
     plain: bool
+    direct: bool
     shares: bool
 
 
