@@ -52,7 +52,7 @@ def copy_to_tp(x: Tensor, mesh: Axis) -> Tensor:
 
     Shapes: any, unchanged. Without gradient the very same object comes back.
     """
-    return CopyToTP.apply(x, mesh) if x.requires_grad and torch.is_grad_enabled() else x
+    return CopyToTP.apply(x, mesh) if _needs_grad(x) else x
 
 
 def reduce_from_tp(x: Tensor, mesh: Axis) -> Tensor:
@@ -63,7 +63,7 @@ def reduce_from_tp(x: Tensor, mesh: Axis) -> Tensor:
     Shapes: any, unchanged; any dtype that the backend reduces. Each rank's gradient is already whole, so summing it again (as
     torch's functional all-reduce does) would multiply it by the size.
     """
-    if x.requires_grad and torch.is_grad_enabled():
+    if _needs_grad(x):
         total: Tensor = ReduceFromTP.apply(x, mesh)
         return total
     # A view shares its memory, and a parameter is a leaf here too (no_grad): neither is the caller's to give away.

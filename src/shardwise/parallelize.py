@@ -22,8 +22,9 @@ from shardwise.layers import (
     SequenceRowwise,
     ShardState,
     Stream,
-    can_overlap,
     is_parallel,
+    is_plain,
+    is_product,
     original_class,
     parallel_class,
 )
@@ -221,9 +222,9 @@ def _parallelize_module(module: nn.Module, row: ModuleSpec, model: ModelState, r
         _set_local(module, attribute, values[mesh.get_local_rank()], state)
     summed = tuple(child for child, spec in own.items() if not spec.buffer and sums_gradient(spec, plan.size, plan.ep_size))
     module.__dict__["_tp"] = state
-    late = model.overlap and not summed and issubclass(row.style, ColwiseParallel) and can_overlap(module)
+    late = model.overlap and not summed and issubclass(row.style, ColwiseParallel) and is_product(module)
     if issubclass(row.style, LinearStyle):
-        plain = type(module).forward is nn.Linear.forward
+        plain = is_plain(module)
         module.__dict__["_facts"] = Facts(
             group=mesh.get_group().group_name,
             plain=plain,

@@ -53,9 +53,11 @@ from shardwise.layers.linear import (
     RowwiseParallel,
     RowwiseScatterOutput,
     RowwiseSplitInput,
+    is_plain,
+    is_product,
     stores_transposed,
 )
-from shardwise.layers.overlap import OverlappedLinear, OverlappedRegion, can_overlap
+from shardwise.layers.overlap import OverlappedLinear, OverlappedRegion
 from shardwise.layers.region import Region
 from shardwise.layers.replicated import (
     AllReduceParallel,
@@ -151,8 +153,9 @@ __all__ = [
     "SequenceWhole",
     "ShardState",
     "Stream",
-    "can_overlap",
     "is_parallel",
+    "is_plain",
+    "is_product",
     "original_class",
     "parallel_class",
     "stores_transposed",

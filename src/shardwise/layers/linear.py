@@ -23,6 +23,16 @@ def stores_transposed(module: nn.Module) -> bool:
     return hasattr(module, "nf") and not hasattr(module, "out_features")
 
 
+def is_plain(module: nn.Module) -> bool:
+    """Whether `module`'s forward is that of torch's linear layer."""
+    return type(module).forward is nn.Linear.forward
+
+
+def is_product(module: nn.Module) -> bool:
+    """Whether we know what `module`'s forward computes: it is torch's linear layer, or transformers' Conv1D."""
+    return is_plain(module) or stores_transposed(module)
+
+
 class LinearStyle(ParallelStyle):
     """What the linear styles share: which attributes of the module say its width, and how it prints."""
 
@@ -106,7 +116,7 @@ class RowwiseParallel(LinearStyle):
 
     @classmethod
     def options(cls, module: nn.Module, parent: nn.Module) -> dict[str, int]:
-        return {} if stores_transposed(module) or type(module).forward is nn.Linear.forward else {"own_forward": 1}
+        return {} if is_product(module) else {"own_forward": 1}
 
     @property
     def bias(self) -> Tensor | None:
@@ -189,8 +199,7 @@ class PackedRowwiseParallel(RowwiseParallel):
 
 
 def _adds_bias_itself(module: nn.Module) -> bool:
-    own = type(module).forward is not nn.Linear.forward and not stores_transposed(module)
-    return own and getattr(module, "bias", None) is not None
+    return not is_product(module) and getattr(module, "bias", None) is not None
 
 
 def _only_weight_and_bias(module: nn.Module) -> bool:

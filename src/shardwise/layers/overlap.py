@@ -25,16 +25,10 @@ from torch.nn.functional import linear
 
 from shardwise.collectives import copy_to_tp, reduce_from_tp
 from shardwise.layers.base import ParallelStyle
-from shardwise.layers.linear import stores_transposed
 from shardwise.layers.region import Region
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-
-
-def can_overlap(module: nn.Module) -> bool:
-    """Whether we know what `module`'s forward computes: it is torch's linear layer, or transformers' Conv1D."""
-    return type(module).forward is nn.Linear.forward or stores_transposed(module)
 
 
 class OverlappedLinear(ParallelStyle):

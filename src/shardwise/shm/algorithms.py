@@ -74,13 +74,13 @@ def pick_all_reduce(channel: Channel, tensor: Tensor) -> Callable[[Channel, Tens
 
 
 def all_gather(channel: Channel, outputs: Sequence[Tensor], source: Tensor) -> Steps:
-    """`source` of every rank into `outputs`, by rank. It may be this rank's output."""
+    """`source` of every rank into `outputs`, by rank; none on a rank that keeps nothing. It may be this rank's output."""
     for start, stop in _chunks(source.numel(), channel.slot_bytes // source.itemsize):
         slots = channel.slots(source.dtype, (stop - start,))
         slots[channel.rank].copy_(source[start:stop])
         channel.publish()
         yield
-        for output, slot in zip(outputs, slots, strict=True):
+        for output, slot in zip(outputs, slots if outputs else (), strict=True):
             output[start:stop].copy_(slot)
 
 
@@ -117,18 +117,6 @@ def reduce_to(channel: Channel, tensor: Tensor, root: int, reduce: Reduce) -> St
         yield
         if channel.rank == root:
             reduce(tensor[start:stop], slots)
-
-
-def gather(channel: Channel, outputs: Sequence[Tensor], source: Tensor, root: int) -> Steps:
-    """`source` of every rank into `outputs`, by rank, on `root`; none elsewhere."""
-    for start, stop in _chunks(source.numel(), channel.slot_bytes // source.itemsize):
-        slots = channel.slots(source.dtype, (stop - start,))
-        slots[channel.rank].copy_(source[start:stop])
-        channel.publish()
-        yield
-        if channel.rank == root:
-            for output, slot in zip(outputs, slots, strict=True):
-                output[start:stop].copy_(slot)
 
 
 def scatter(channel: Channel, output: Tensor, inputs: Sequence[Tensor], root: int) -> Steps:

@@ -80,7 +80,7 @@ def gather(channel: Channel, outputs: Sequence[Tensor], source: Tensor, root: in
     """`source` of every rank into `outputs` on `root`."""
     data = flat(source)
     flats = _alike(outputs, data, channel.size) if channel.rank == root else []
-    steps = algorithms.gather(channel, flats, data, root)
+    steps = algorithms.all_gather(channel, flats, data)
     return Call("gather", data.dtype, data.numel(), "", root), returned(steps, outputs if flats else [], flats)
 
 
