@@ -184,8 +184,9 @@ def _unwaited() -> tuple[float, float]:
     else:
         future = dist.all_reduce(x, async_op=True).get_future()
         seen: list[torch.Tensor] = []
-        future.then(lambda done: seen.append(done.value()[0]))
+        after = future.then(lambda done: seen.append(done.value()[0]))
         future.wait()
+        after.wait()  # the callback runs in the thread that completes the future, perhaps behind the wait above
         assert seen
         assert seen[0] is x
     return x.min().item(), x.max().item()
