@@ -40,6 +40,28 @@ def threads() -> object:
     return run_threads
 
 
+def switches() -> dict[str, object]:
+    """Those of torch's that hold for the whole process and are read by whatever runs next."""
+    return {
+        "anomaly detection": torch.is_anomaly_enabled(),
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "default dtype": torch.get_default_dtype(),
+        "default device": torch.get_default_device(),
+        "gradients": torch.is_grad_enabled(),
+        "inference mode": torch.is_inference_mode_enabled(),
+        "autocast": torch.is_autocast_enabled("cpu"),
+        "threads": torch.get_num_threads(),
+    }
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_on() -> Iterator[None]:
+    """Fails the test that changed a switch of the process, not the one that runs into it later."""
+    before = switches()
+    yield
+    assert switches() == before
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip the tests marked `gpu` where torch sees no CUDA device, unless they are rehearsed on the CPU."""
     if torch.cuda.is_available() or gpus.REHEARSED:
