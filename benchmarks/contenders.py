@@ -1,4 +1,4 @@
-"""What is compared: shardwise, its peers, and the two bounds."""
+"""What is compared: shardwise, its peers, and the bounds."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ CONTENDERS = {
     contender.name: contender
     for contender in (
         Contender("floor", "floor: no communication", "floor"),
+        Contender("by-hand", "floor, all-reduces written by hand", "by_hand"),
         Contender("shardwise", "shardwise", "ours"),
         Contender("shardwise-gloo", "shardwise over gloo", "ours", variables={"SHARDWISE_CPU_BACKEND": "gloo"}),
         Contender("transformers-5.14", "transformers 5.14.1 (hooks)", "hf", HOOKS, peer=True),

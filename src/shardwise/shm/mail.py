@@ -18,7 +18,7 @@ from torch._C._distributed_c10d import Work
 
 from shardwise.shm.channel import Channel, Watch
 from shardwise.shm.errors import CallMismatchError
-from shardwise.shm.mailbox import PIECE_BYTES
+from shardwise.shm.mailbox import PIECE_BYTES, Mailbox
 
 _ANY = -1
 _QUICK = 50  # looks before a waiting rank gives way
@@ -136,7 +136,7 @@ class Mail:
                 self._lock.release()
 
     def _moved(self, message: Message) -> bool:
-        with self._lock, torch.inference_mode():
+        with self._lock:
             if not message.done:
                 self._channel.check()
                 self._move()
@@ -168,12 +168,17 @@ class Mail:
                 if not self._asked:
                     return  # it keeps in the box
                 letter = self._opened[peer] = self._open(peer, *box.label)
-            piece = letter.data[letter.moved : letter.moved + PIECE_BYTES]
-            box.take(piece)
-            letter.moved += piece.numel()
+            letter.moved += self._take(box, letter)
             if letter.moved == letter.data.numel():
                 self._opened[peer] = None
                 self._deliver(peer, letter)
+
+    @staticmethod
+    @torch.inference_mode()  # what is written to may be of either mode, and only there both may be written to
+    def _take(box: Mailbox, letter: _Letter) -> int:
+        piece = letter.data[letter.moved : letter.moved + PIECE_BYTES]
+        box.take(piece)
+        return piece.numel()
 
     def _open(self, peer: int, tag: int, count: int) -> _Letter:
         for message in self._asked:
@@ -205,6 +210,7 @@ class Mail:
             queue.clear()
 
     @staticmethod
+    @torch.inference_mode()
     def _hand_over(letter: _Letter, message: Message) -> None:
         if message.error is None:
             if message.data is not letter.data:
