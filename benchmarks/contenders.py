@@ -42,6 +42,7 @@ CONTENDERS = {
         Contender("torch-styles", "torch parallelize_module", "styles", DTENSOR, peer=True),
         Contender("one-process", "one process", "whole", alone=True),
         Contender("one-process-2", "one process, 2 threads", "whole", alone=True, threads=2),
+        Contender("plain-read", "the shards' bytes, copied plainly", "copied"),
         Contender("plain-write", "the same bytes, written plainly", "plain", alone=True),
     )
 }

@@ -189,6 +189,29 @@ def test_tensors_that_are_not_the_planned_ones(tmp_path):
     assert not listing(tmp_path)
 
 
+def test_rows_of_a_tensor(tmp_path):
+    """Guards: rows left out, written twice or behind the end; a failed attempt that leaves its bytes in the file."""
+    tensors = {"a": torch.arange(30.0).view(10, 3), "b": torch.zeros(0, 3), "c": torch.tensor(7.0), "d": torch.arange(4)}
+    plan = plan_files([Entry(name, t.dtype, tuple(t.shape)) for name, t in tensors.items()])
+    with CheckpointWriter(tmp_path, plan) as writer:
+        for entry in plan.entries:
+            tensor = tensors[entry.name]
+            if entry.name != "a":
+                writer.write(entry, tensor)
+                continue
+            writer.write(entry, torch.full((4, 3), 9.0))
+            for start, rows in ((3, tensor[3:]), (5, tensor[5:]), (4, torch.zeros(7, 3)), (4, torch.zeros(6, 2))):
+                with pytest.raises(CheckpointError, match=r"a: not the tensor that was planned\..*\n.*\n.*from row 4 on"):
+                    writer.write(entry, rows, start)
+            writer.write(entry, tensor[:2])  # once more from the beginning
+            writer.write(entry, tensor[2:9], 2)
+            with pytest.raises(CheckpointError, match="is not the tensor to be written now"):
+                writer.write(next(e for e in plan.entries if e.name == "b"), tensors["b"])
+            writer.write(entry, tensor[9:], 9)
+    save(tmp_path / "whole", tensors)
+    assert (tmp_path / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
 def test_order_and_completeness(tmp_path):
     """Guards: a tensor under the name of another, one written twice, one forgotten."""
     plan = plan_files([Entry(name, torch.float32, (2,)) for name in "abc"], max_shard_size=8)

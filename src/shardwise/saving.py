@@ -44,8 +44,8 @@ def save_pretrained(
 ) -> None:
     """Save a parallel model as transformers would save the ordinary one: the same names, bytes, config and index. Collective.
 
-    Tensor by tensor, so that no rank ever holds more than its shards and one full tensor, and all at once: a crash at any
-    moment leaves the earlier checkpoint in the directory whole.
+    Some rows of a tensor at a time, so that no rank ever holds more than its shards and a few MiB, and all at once: a crash at
+    any moment leaves the earlier checkpoint in the directory whole.
 
     Args:
         model: a parallel model, on every rank of its tp axis, and in every data-parallel replica of its mesh.
@@ -123,33 +123,31 @@ class _Save:
             for entry in self.plan.entries:
                 if self._failed(failure):
                     break
-                failure = self._write(entry, self._read(entry))  # not named: it would stay while the next one is read
+                failure = self._copy(entry)
             failure = self._close(stack, failure)
         if self._failed(failure, replicas=True):
             raise failure or CheckpointError(
                 "save_pretrained: the writing rank failed; its own message says why. The earlier checkpoint is whole."
             )
 
-    def _read(self, entry: Entry) -> Tensor:
-        """The full tensor on the writing rank. A large one is gathered some rows at a time, so that copies on the way are
-        small; the other ranks only ever hold such a part.
+    def _copy(self, entry: Entry) -> Exception | None:
+        """From the ranks to the disk, and what went wrong there. A large tensor goes some rows at a time, all of them even
+        where the disk takes no more: the other ranks know nothing of that yet.
         """
-        columns = tuple((0, length) for length in entry.shape[1:])
-        if entry.nbytes <= _PART_BYTES:
-            return read(self.tensors[entry.name], ((0, entry.shape[0]), *columns) if entry.shape else ())
-        full = torch.empty(entry.shape if self.writer is not None else (), dtype=entry.dtype, device="cpu")
-        step = max(1, _PART_BYTES * entry.shape[0] // entry.nbytes)
-        for start in range(0, entry.shape[0], step):
-            stop = min(start + step, entry.shape[0])
-            part = read(self.tensors[entry.name], ((start, stop), *columns))
-            if self.writer is not None:
-                full[start:stop] = part
-        return full
+        failure = None
+        length = entry.shape[0] if entry.shape else 1
+        step = max(1, _PART_BYTES * length // max(entry.nbytes, 1))
+        columns = tuple((0, width) for width in entry.shape[1:])
+        for start in range(0, max(length, 1), step):
+            rows = ((start, min(start + step, length)),) if entry.shape else ()
+            part = read(self.tensors[entry.name], (*rows, *columns))
+            failure = failure or self._write(entry, part, start)
+        return failure
 
-    def _write(self, entry: Entry, tensor: Tensor) -> Exception | None:
+    def _write(self, entry: Entry, part: Tensor, start: int) -> Exception | None:
         try:
             if self.writer is not None:
-                self.writer.write(entry, tensor)
+                self.writer.write(entry, part, start)
         except Exception as error:
             return error
         return None

@@ -3,7 +3,7 @@
     plan = plan_files(entries, max_shard_size="5GB")              # pure: the same on every rank
     with CheckpointWriter(directory, plan) as writer:             # on the rank that writes
         for entry in plan.entries:
-            writer.write(entry, full_tensor(entry.name))          # goes to the disk at once
+            writer.write(entry, full_tensor(entry.name))          # goes to the disk at once; or some rows at a time
         writer.add_file("config.json", config)
 
 The files are byte for byte those of `safetensors.torch.save_file`, under transformers' names. They appear in the directory when
@@ -68,6 +68,7 @@ class CheckpointWriter:
         self._staging: Path | None = None
         self._file: FileIO | None = None
         self._offset = 0
+        self._rows = 0
 
     def __enter__(self) -> CheckpointWriter:
         with self._explained():
@@ -83,27 +84,33 @@ class CheckpointWriter:
                 self._publish()
         self._staging = None
 
-    def write(self, entry: Entry, tensor: Tensor) -> None:
-        """Write the next tensor of the plan; `tensor` has the entry's dtype and full shape, any device, any strides.
+    def write(self, entry: Entry, tensor: Tensor, start: int = 0) -> None:
+        """Write the next tensor of the plan, or the rows of it from `start` on, which go on where the last ones ended.
 
-        Raises CheckpointError where it is not this entry's turn, where dtype or shape differ, and where the disk does not take
-        it. The entry is still to be written then.
+        `tensor` has the entry's dtype and full shape but for the number of rows, on any device, with any strides. Raises
+        CheckpointError where it is not this entry's turn, where dtype, shape or start differ, and where the disk does not take
+        it. The entry is still to be written then, from these rows on or from its beginning.
         """
         staging = self._open_staging()
-        self._check(entry, tensor)
+        self._check(entry, tensor, start)
         file, _ = self._pending[0]
+        stop = start + len(tensor) if entry.shape else 1
+        complete = stop == (entry.shape[0] if entry.shape else 1)
         with self._explained():
             if self._file is None:
                 self._file = self._start(staging / file.name, safetensors_header(file, self._metadata))
-            self._file.seek(self._offset)  # not at the end of what a failed attempt has left
+            # Not at the end of what a failed attempt has left.
+            self._file.seek(self._offset + (start * entry.nbytes // entry.shape[0] if start else 0))
             for chunk in _chunks(tensor):
                 _write_all(self._file, chunk)
-            if entry == file.entries[-1]:
+            if complete and entry == file.entries[-1]:
                 os.fsync(self._file.fileno())
                 self._file.close()
                 self._file = None
-        self._offset += entry.nbytes
-        self._pending.popleft()
+        self._rows = 0 if complete else stop
+        if complete:
+            self._offset += entry.nbytes
+            self._pending.popleft()
 
     def add_file(self, name: str, data: bytes) -> None:
         """Publish a small file (`config.json`) with the weights.
@@ -134,7 +141,7 @@ class CheckpointWriter:
             raise CheckpointError(f"{self._directory}: the writer is not open; use it in a `with` block.")
         return self._staging
 
-    def _check(self, entry: Entry, tensor: Tensor) -> None:
+    def _check(self, entry: Entry, tensor: Tensor, start: int) -> None:
         expected = self._pending[0][1] if self._pending else None
         if entry != expected:
             text = describe(
@@ -144,9 +151,11 @@ class CheckpointWriter:
                 either="write the entries in the order of the plan, each once",
             )
             raise CheckpointError(text)
-        if tensor.dtype != entry.dtype or tuple(tensor.shape) != entry.shape or tensor.is_meta:
-            given = spell(tensor.dtype, tensor.shape) + (" without data (meta)" if tensor.is_meta else "")
-            planned = spell(entry.dtype, entry.shape)
+        fits = tensor.dim() == len(entry.shape) and tuple(tensor.shape[1:]) == entry.shape[1:]
+        rows, most = (len(tensor), entry.shape[0]) if fits and entry.shape else (0, 0)
+        if tensor.dtype != entry.dtype or not fits or start not in (0, self._rows) or start + rows > most or tensor.is_meta:
+            given = spell(tensor.dtype, tensor.shape) + (" without data (meta)" if tensor.is_meta else "") + _from_row(start)
+            planned = spell(entry.dtype, entry.shape) + _from_row(self._rows)
             raise CheckpointError(describe(f"{entry.name}: not the tensor that was planned.", given=given, planned=planned))
 
     def _publish(self) -> None:
@@ -195,6 +204,10 @@ def _chunks(tensor: Tensor) -> Iterator[memoryview]:
     step = max(1, _CHUNK_BYTES * len(rows) // (tensor.numel() * tensor.dtype.itemsize))
     for part in rows.split(step):
         yield memoryview(part.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def _from_row(start: int) -> str:
+    return f", from row {start} on" if start else ""
 
 
 def _write_all(file: FileIO, data: memoryview) -> None:
