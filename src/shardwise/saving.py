@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _PART_BYTES = 2**20  # larger ones leave the cache between their copies, and are new pages each time: twice as slow
+_BATCH_BYTES = 64 * 2**20
 
 
 def save_pretrained(
@@ -95,7 +96,7 @@ class ShardSource:
 
     def read(self, box: Box) -> Tensor:
         """The box, on the CPU of the first rank; elsewhere a stand-in of that shape that takes no memory."""
-        full = gather_to_first(self.row, self.local, self.mesh, tuple(box))
+        full = gather_to_first(self.row, self.local, self.mesh, tuple(box), share=True)
         shape = [stop - start for start, stop in box]
         return full if full is not None else torch.zeros((), dtype=self.dtype, device="cpu").expand(shape)
 
@@ -120,21 +121,21 @@ class _Save:
                         self.writer.add_file(name, data)
             except Exception as error:
                 failure = error
-            for entry in self.plan.entries:
+            for entries in _batches(self.plan.entries):
                 if self._failed(failure):
                     break
-                failure = self._copy(entry)
+                for entry in entries:
+                    failure = self._copy(entry, failure)
             failure = self._close(stack, failure)
         if self._failed(failure, replicas=True):
             raise failure or CheckpointError(
                 "save_pretrained: the writing rank failed; its own message says why. The earlier checkpoint is whole."
             )
 
-    def _copy(self, entry: Entry) -> Exception | None:
-        """From the ranks to the disk, and what went wrong there. A large tensor goes some rows at a time, all of them even
-        where the disk takes no more: the other ranks know nothing of that yet.
+    def _copy(self, entry: Entry, failure: Exception | None) -> Exception | None:
+        """From the ranks to the disk, and what went wrong there or before. A large tensor goes some rows at a time, all of them
+        even where the disk takes no more: the other ranks know nothing of that yet.
         """
-        failure = None
         length = entry.shape[0] if entry.shape else 1
         step = max(1, _PART_BYTES * length // max(entry.nbytes, 1))
         columns = tuple((0, width) for width in entry.shape[1:])
@@ -167,6 +168,19 @@ class _Save:
         for group in (ep.get_group(), *(replica_groups(ep) if replicas else ())):
             dist.all_reduce(flag, group=group)
         return bool(flag.item())
+
+
+def _batches(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
+    """What is copied between two times that the ranks tell each other how it goes."""
+    batch: list[Entry] = []
+    left = _BATCH_BYTES
+    for entry in entries:
+        batch.append(entry)
+        left -= entry.nbytes
+        if left <= 0:
+            yield batch
+            batch, left = [], _BATCH_BYTES
+    yield batch
 
 
 def _lazy_shards(model: PreTrainedModel) -> Iterator[tuple[str, LazyTensor]]:

@@ -68,10 +68,10 @@ def gather_full(row: ShardSpec, local: Tensor, mesh: DeviceMesh) -> Tensor:
 
 
 def gather_to_first(
-    row: ShardSpec, local: Tensor, mesh: DeviceMesh, box: tuple[tuple[int, int], ...] | None = None
+    row: ShardSpec, local: Tensor, mesh: DeviceMesh, box: tuple[tuple[int, int], ...] | None = None, share: bool = False
 ) -> Tensor | None:
     """The full tensor of `row`, or the `box` of it (a half-open range for each dim), on the CPU of the first rank; None on the
-    others. Collective.
+    others. With `share`, what is all there already may come as a view of `local`. Collective.
 
     Each range is sent once, by the first rank that holds it, so the first rank needs room for the result, and its device for
     one piece.
@@ -81,8 +81,11 @@ def gather_to_first(
     local = local.detach()
     cut = row.layout.cut(row.shape)
     if cut is None:
-        return _within(local, ranges).to("cpu", copy=True, memory_format=torch.contiguous_format) if rank == 0 else None
+        return _on_cpu(_within(local, ranges), share) if rank == 0 else None
     dim, (low, high) = cut[0], ranges[cut[0]]
+    mine = _holds(row, size, low, high) if share else None
+    if mine is not None:
+        return _on_cpu(_within(local, _moved(ranges, dim, low - mine, high - mine)), share) if rank == 0 else None
     full = torch.empty([stop - start for start, stop in ranges], dtype=local.dtype, device="cpu") if rank == 0 else None
     done: set[int] = set()
     for source in range(size):
@@ -92,10 +95,19 @@ def gather_to_first(
                 continue
             done.add(piece.full.start)
             shift = piece.local.start - piece.full.start
-            where = tuple((start + shift, stop + shift) if d == dim else r for d, r in enumerate(ranges))
+            where = _moved(ranges, dim, start + shift, stop + shift)
             target = full.narrow(dim, start - low, stop - start) if full is not None else None
             _send_piece(local, where, source, target, mesh)
     return full
+
+
+def _holds(row: ShardSpec, size: int, low: int, high: int) -> int | None:
+    """Where in the full tensor the first rank's piece starts (less where it does in the shard) that has all of low:high."""
+    for piece in row.layout.pieces(row.shape, 0, size):
+        if piece.full.start <= low and high <= piece.full.stop:
+            shift: int = piece.full.start - piece.local.start
+            return shift
+    return None
 
 
 def _send_piece(
@@ -107,13 +119,23 @@ def _send_piece(
     elif rank == source:
         dist.send(_within(local, where).to(device).contiguous(), group=group, group_dst=0)
     elif target is not None:
-        piece = torch.empty_like(target, memory_format=torch.contiguous_format, device=device)
+        straight = target.is_contiguous() and target.device == device
+        piece = target if straight else torch.empty_like(target, memory_format=torch.contiguous_format, device=device)
         dist.recv(piece, group=group, group_src=source)
-        target.copy_(piece)
+        if not straight:
+            target.copy_(piece)
 
 
 def _within(tensor: Tensor, ranges: tuple[tuple[int, int], ...]) -> Tensor:
     return tensor[tuple(slice(start, stop) for start, stop in ranges)]
+
+
+def _moved(ranges: tuple[tuple[int, int], ...], dim: int, start: int, stop: int) -> tuple[tuple[int, int], ...]:
+    return (*ranges[:dim], (start, stop), *ranges[dim + 1 :])
+
+
+def _on_cpu(tensor: Tensor, share: bool) -> Tensor:
+    return tensor.cpu() if share else tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 def _gather_all(state: ModelState, named: dict[str, Tensor]) -> dict[str, Tensor] | None:

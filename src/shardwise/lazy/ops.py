@@ -23,11 +23,15 @@ from shardwise.lazy.views import Box, Cover, cover
 
 def whole(expr: Expr) -> Tensor:
     """All values of `expr`. May share memory with a source or a constant: the caller doesn't write to it."""
-    box = full_box(expr.shape)
+    return part(expr, full_box(expr.shape))
+
+
+def part(expr: Expr, box: Box) -> Tensor:
+    """The values of `expr` in `box`. May share memory, as `whole`."""
     if isinstance(expr, Leaf):
         return expr.source.read(box)
     if isinstance(expr, Const):
-        return expr.tensor
+        return take(expr.tensor, box)
     return fresh(expr, box)
 
 

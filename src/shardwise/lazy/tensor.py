@@ -99,8 +99,8 @@ def lazy(source: Source) -> LazyTensor:
 def read(tensor: Tensor, box: Box) -> Tensor:
     """The values of `tensor` in `box`, one half-open range a dim: shape `stop - start` in each dim, dtype of `tensor`.
 
-    Of a lazy tensor: a new contiguous CPU tensor, for which no more of the sources is read than the box needs (for operations
-    that move or cast values; others read their inputs whole). Of a plain tensor: a view.
+    Of a lazy tensor, no more of the sources is read than the box needs (for operations that move or cast values; others read
+    their inputs whole). It may share memory with a source, as with a plain tensor: the caller doesn't write to it.
 
     Raises:
         ValueError: the box doesn't lie within the tensor.
@@ -109,7 +109,7 @@ def read(tensor: Tensor, box: Box) -> Tensor:
     real = _real(tensor)
     if real is not None:
         return take(real, box) if real is tensor else take(real, box).clone()
-    return ops.fresh(cast(LazyTensor, tensor)._expr, box)
+    return ops.part(cast(LazyTensor, tensor)._expr, box)
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from torch import Tensor
 from shardwise.errors import ShardwiseError, describe
 from shardwise.shm.calls import Call
 from shardwise.shm.errors import BrokenGroupError, CallMismatchError, LostRankError
-from shardwise.shm.mailbox import PIECE_BYTES, PIECES, WORDS_EACH, Mailbox
+from shardwise.shm.mailbox import PIECES, WORDS_EACH, Mailbox, piece_bytes
 from shardwise.shm.segment import WORD, Segment, Shape
 
 SLOT_BYTES = 1 << 22
@@ -342,4 +342,4 @@ class Channel:
 
 def make_shape(size: int) -> Shape:
     """The segment of `size` ranks."""
-    return Shape(size, _mail_words(size) + size * WORDS_EACH, SLOT_BYTES, PIECES * PIECE_BYTES)
+    return Shape(size, _mail_words(size) + size * WORDS_EACH, SLOT_BYTES, PIECES * piece_bytes(size))

@@ -18,7 +18,7 @@ from torch._C._distributed_c10d import Work
 
 from shardwise.shm.channel import Channel, Watch
 from shardwise.shm.errors import CallMismatchError
-from shardwise.shm.mailbox import PIECE_BYTES, Mailbox
+from shardwise.shm.mailbox import Mailbox
 
 _ANY = -1
 _QUICK = 50  # looks before a waiting rank gives way
@@ -153,7 +153,7 @@ class Mail:
         box, queue = self._outgoing[peer], self._out[peer]
         while queue and box.has_room:
             message = queue[0]
-            piece = message.data[message.moved : message.moved + PIECE_BYTES]
+            piece = message.data[message.moved : message.moved + box.piece_bytes]
             box.put(piece, message.tag, message.data.numel())
             message.moved += piece.numel()
             if message.moved == message.data.numel():
@@ -176,7 +176,7 @@ class Mail:
     @staticmethod
     @torch.inference_mode()  # what is written to may be of either mode, and only there both may be written to
     def _take(box: Mailbox, letter: _Letter) -> int:
-        piece = letter.data[letter.moved : letter.moved + PIECE_BYTES]
+        piece = letter.data[letter.moved : letter.moved + box.piece_bytes]
         box.take(piece)
         return piece.numel()
 

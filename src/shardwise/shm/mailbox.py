@@ -5,13 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from shardwise.shm.segment import Segment
+from shardwise.shm.segment import PAGE, Segment
 
 PIECES = 4
-PIECE_BYTES = 1 << 16
+_PIECE_BYTES = 1 << 18
+_ALL_BYTES = 1 << 25
 _LINE = 8
 WORDS_EACH = 3 * _LINE
 """Words that each rank needs for every other: what it has sent, the labels of those pieces, and what it has taken."""
+
+
+def piece_bytes(size: int) -> int:
+    """The longest piece between `size` ranks, of whom every two have two mailboxes: all of them take 32 MiB at most."""
+    return min(_PIECE_BYTES, _ALL_BYTES // (PIECES * size * size) // PAGE * PAGE) or PAGE
 
 
 class Mailbox:
@@ -24,8 +30,9 @@ class Mailbox:
         self._labels = self._sent + _LINE
         self._taken = receiver * shape.words + start + sender * WORDS_EACH + 2 * _LINE
         first = shape.mailboxes + (sender * shape.size + receiver) * shape.mailbox
+        self.piece_bytes = length = shape.mailbox // PIECES
         with torch.inference_mode(False):
-            self._pieces = [segment.tensor(first + index * PIECE_BYTES, torch.uint8, (PIECE_BYTES,)) for index in range(PIECES)]
+            self._pieces = [segment.tensor(first + index * length, torch.uint8, (length,)) for index in range(PIECES)]
 
     @property
     def sent(self) -> int:

@@ -32,8 +32,9 @@ from torch._C._distributed_c10d import Store
 WORD = 8
 """Bytes of a word: what one aligned load or store moves."""
 
+PAGE = 4096
+
 _FILES = "/dev/shm"
-_PAGE = 4096
 _TOKEN = 32
 _LOCKS = 1 << 40  # beyond every byte that is ever written
 _FLOCK = "hhqqi4x"  # struct flock of 64-bit Linux: type, whence, start, length, pid
@@ -51,7 +52,7 @@ class Shape:
     @property
     def flags_bytes(self) -> int:
         """The part in front, in whole pages; its last bytes are the token."""
-        return -(-(self.size * self.words * WORD + _TOKEN) // _PAGE) * _PAGE
+        return -(-(self.size * self.words * WORD + _TOKEN) // PAGE) * PAGE
 
     @property
     def mailboxes(self) -> int:
