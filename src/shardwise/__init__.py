@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from shardwise.api import make_plan as plan
 from shardwise.api import parallelize, unparallelize
 from shardwise.auto import auto_class
+from shardwise.debug import CollectiveTrace, break_on, trace_collectives
 from shardwise.errors import CheckpointError, MeshError, MismatchError, MissingRankError, PlanError, ShardwiseError
 from shardwise.layers import ParallelStyle
 from shardwise.layers.registry import register_style
@@ -29,6 +30,7 @@ __all__ = [
     "AutoModelForCausalLM",
     "AutoModelForSequenceClassification",
     "CheckpointError",
+    "CollectiveTrace",
     "MeshError",
     "MismatchError",
     "MissingRankError",
@@ -36,12 +38,14 @@ __all__ = [
     "Plan",
     "PlanError",
     "ShardwiseError",
+    "break_on",
     "clip_grad_norm_",
     "full_gradients",
     "full_state_dict",
     "parallelize",
     "plan",
     "register_style",
+    "trace_collectives",
     "unparallelize",
 ]
 
