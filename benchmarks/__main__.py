@@ -70,7 +70,7 @@ def measure(arguments: argparse.Namespace) -> None:
         Result(workload.name, arguments.effort, machine(), cases).save(arguments.folder)
 
     if arguments.scratch:
-        Path(arguments.scratch).mkdir(parents=True, exist_ok=True)
+        arguments.scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="shardwise-", dir=arguments.scratch) as scratch:
         run = Run(pythons, Path(scratch), arguments.effort, say)
         run.measure([WORKLOADS[name] for name in arguments.only], arguments.large, save)

@@ -136,11 +136,10 @@ class _Save:
         """From the ranks to the disk, and what went wrong there or before. A large tensor goes some rows at a time, all of them
         even where the disk takes no more: the other ranks know nothing of that yet.
         """
-        length = entry.shape[0] if entry.shape else 1
-        step = max(1, _PART_BYTES * length // max(entry.nbytes, 1))
+        step = max(1, _PART_BYTES * entry.rows // max(entry.nbytes, 1))
         columns = tuple((0, width) for width in entry.shape[1:])
-        for start in range(0, max(length, 1), step):
-            rows = ((start, min(start + step, length)),) if entry.shape else ()
+        for start in range(0, max(entry.rows, 1), step):
+            rows = ((start, min(start + step, entry.rows)),) if entry.shape else ()
             part = read(self.tensors[entry.name], (*rows, *columns))
             failure = failure or self._write(entry, part, start)
         return failure

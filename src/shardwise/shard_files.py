@@ -34,6 +34,11 @@ class Entry:
         """Bytes of its data."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def rows(self) -> int:
+        """Its length along the first dim; of a scalar, 1."""
+        return self.shape[0] if self.shape else 1
+
     def __str__(self) -> str:
         return f"{self.name}: {spell(self.dtype, self.shape)}"
 

@@ -85,7 +85,7 @@ def gather_to_first(
     dim, (low, high) = cut[0], ranges[cut[0]]
     mine = _holds(row, size, low, high) if share else None
     if mine is not None:
-        return _on_cpu(_within(local, _moved(ranges, dim, low - mine, high - mine)), share) if rank == 0 else None
+        return _on_cpu(_within(local, _along(ranges, dim, low - mine, high - mine)), share) if rank == 0 else None
     full = torch.empty([stop - start for start, stop in ranges], dtype=local.dtype, device="cpu") if rank == 0 else None
     done: set[int] = set()
     for source in range(size):
@@ -95,7 +95,7 @@ def gather_to_first(
                 continue
             done.add(piece.full.start)
             shift = piece.local.start - piece.full.start
-            where = _moved(ranges, dim, start + shift, stop + shift)
+            where = _along(ranges, dim, start + shift, stop + shift)
             target = full.narrow(dim, start - low, stop - start) if full is not None else None
             _send_piece(local, where, source, target, mesh)
     return full
@@ -130,7 +130,8 @@ def _within(tensor: Tensor, ranges: tuple[tuple[int, int], ...]) -> Tensor:
     return tensor[tuple(slice(start, stop) for start, stop in ranges)]
 
 
-def _moved(ranges: tuple[tuple[int, int], ...], dim: int, start: int, stop: int) -> tuple[tuple[int, int], ...]:
+def _along(ranges: tuple[tuple[int, int], ...], dim: int, start: int, stop: int) -> tuple[tuple[int, int], ...]:
+    """`ranges`, but start:stop along `dim`."""
     return (*ranges[:dim], (start, stop), *ranges[dim + 1 :])
 
 

@@ -94,13 +94,13 @@ class CheckpointWriter:
         staging = self._open_staging()
         self._check(entry, tensor, start)
         file, _ = self._pending[0]
-        stop = start + len(tensor) if entry.shape else 1
-        complete = stop == (entry.shape[0] if entry.shape else 1)
+        stop = start + (len(tensor) if entry.shape else 1)
+        complete = stop == entry.rows
         with self._explained():
             if self._file is None:
                 self._file = self._start(staging / file.name, safetensors_header(file, self._metadata))
             # Not at the end of what a failed attempt has left.
-            self._file.seek(self._offset + (start * entry.nbytes // entry.shape[0] if start else 0))
+            self._file.seek(self._offset + (start * entry.nbytes // entry.rows if start else 0))
             for chunk in _chunks(tensor):
                 _write_all(self._file, chunk)
             if complete and entry == file.entries[-1]:
@@ -152,8 +152,8 @@ class CheckpointWriter:
             )
             raise CheckpointError(text)
         fits = tensor.dim() == len(entry.shape) and tuple(tensor.shape[1:]) == entry.shape[1:]
-        rows, most = (len(tensor), entry.shape[0]) if fits and entry.shape else (0, 0)
-        if tensor.dtype != entry.dtype or not fits or start not in (0, self._rows) or start + rows > most or tensor.is_meta:
+        fits = fits and start in (0, self._rows) and start + (len(tensor) if entry.shape else 1) <= entry.rows
+        if tensor.dtype != entry.dtype or not fits or tensor.is_meta:
             given = spell(tensor.dtype, tensor.shape) + (" without data (meta)" if tensor.is_meta else "") + _from_row(start)
             planned = spell(entry.dtype, entry.shape) + _from_row(self._rows)
             raise CheckpointError(describe(f"{entry.name}: not the tensor that was planned.", given=given, planned=planned))
