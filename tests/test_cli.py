@@ -109,7 +109,7 @@ def test_a_failed_check_is_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Settings] = []
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     for code in (0, 1):
-        monkeypatch.setattr(cli, "start", lambda settings, code=code: asked.append(settings) or code)
+        monkeypatch.setattr(cli.demo, "start", lambda settings, code=code: asked.append(settings) or code)
         assert run(monkeypatch, "demo", "--fast", "--steps", 12) == code
     assert asked == [Settings(tp=2, steps=12, fast=True)] * 2
 

@@ -13,11 +13,11 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 import shardwise
-import tiny
 from figures import gradient_error, gradients
 from models import batches
 from parity.job import GRADIENTS, LOGITS
-from parity.types import OPTIONS, build, types
+from parity.types import build, types
+from shardwise import tiny
 from shardwise.errors import MeshError, PlanError, ShardwiseError
 from shardwise.layers import EpDispatchExperts
 from shardwise.parallelize import required_state
@@ -202,7 +202,7 @@ def with_experts(path: Path) -> Seen:
 def test_gemma4_with_experts(pool2, tmp_path):
     """Guards: a type whose plan names experts that only an option gives it."""
     options = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}
-    tiny.build("gemma4_text", **OPTIONS.get("gemma4_text", {}), **options).save_pretrained(tmp_path)
+    tiny.build("gemma4_text", **options).save_pretrained(tmp_path)
     check(pool2.run(with_experts, tmp_path), alone(tmp_path))
 
 

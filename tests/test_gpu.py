@@ -21,7 +21,6 @@ import models
 import shardwise
 import test_compile
 import test_dropout
-import tiny
 from figures import (
     Rounded,
     gradient_error,
@@ -34,6 +33,7 @@ from figures import (
 from gpus import DEVICE, axis, compiles, needs_cuda, pool
 from llamas import IDS, llama
 from models import batches
+from shardwise import tiny
 from shardwise.errors import MismatchError, MissingRankError
 from shardwise.testing import RankError, RankPool
 from test_parity import Case, distance

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import shardwise
 from figures import gradient_error, gradients
-from tiny import build, on_meta
+from shardwise.tiny import build, on_meta
 
 IMAGE, SOUND = 90, 91
 IMAGE_TOKENS, SOUND_TOKENS = 5, 3

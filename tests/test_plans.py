@@ -14,19 +14,19 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 
 import shardwise
 from figures import gradient_error, gradients
-from parity.types import OPTIONS
 from shardwise.errors import PlanError
 from shardwise.hf import model_rules
 from shardwise.plans import CORRECTIONS, SORTED_EXPERTS
 from shardwise.spec import Rule
 from shardwise.testing import RankError, RankPool
-from tiny import TINY, build, on_meta
+from shardwise.tiny import build, on_meta
+from shardwise.tiny.sizes import TINY
 
 LOGITS = 1e-4  # float32 sums of some 100 terms of order 1 differ by 1e-6; a lost or doubled term is of order 1e-2 at least
 GRADIENTS = 1e-3  # relative; what is not summed, or summed twice, is wrong by half of itself or by itself
 
 # The others are text models inside a wrapper only: `test_wrappers.py` checks them there.
-ALONE = [name for name in CORRECTIONS if name in TINY or name in OPTIONS]
+ALONE = [name for name in CORRECTIONS if name in TINY]
 
 # The plans that transformers has for the types that shardwise corrects, a type a line, in the release that `pyproject.toml`
 # pins for the tests: what our corrections were made for.
@@ -80,23 +80,23 @@ def compare(
 
 def made(name: str) -> PreTrainedModel:
     """The tiny model without memory."""
-    return on_meta(name, **OPTIONS.get(name, {}))
+    return on_meta(name)
 
 
 def ours(name: str, size: int = 2) -> list[Rule]:
     """The rules that shardwise adds for a type."""
-    return [rule for rule in model_rules(made(name), size) if rule.source == "shardwise"]
+    return [rule for rule in model_rules(on_meta(name), size) if rule.source == "shardwise"]
 
 
 def own(name: str) -> dict[str, str]:
     """The plan that transformers has for a type."""
-    return dict(made(name)._tp_plan)
+    return dict(on_meta(name)._tp_plan)
 
 
 @pytest.mark.parametrize("name", ALONE)
 def test_corrections_fit(name):
     """Guards: a correction for a name that the model does not have (a typo, or a release that renamed it)."""
-    model = made(name)
+    model = on_meta(name)
     names = [n for n, _ in (*model.named_modules(), *model.named_parameters())]
     assert [str(rule) for rule in ours(name) if not any(map(rule.matches, names))] == []
     assert all(rule.reason for rule in ours(name))

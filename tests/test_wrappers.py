@@ -25,7 +25,7 @@ from shardwise.errors import PlanError
 from shardwise.hf import build_on_meta, model_rules
 from shardwise.hf.towers import text_prefix
 from shardwise.plans import CORRECTIONS
-from tiny import TINY
+from shardwise.tiny.sizes import TINY
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "architectures.md"
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from parity.towers import FOUR, ONE, PATCH, Wrapper, feed
-from parity.types import INDEXER
-from tiny import LATENT
+from shardwise.tiny.sizes import INDEXER, LATENT
 
 # For each of two rows 4 x 4 patches of 14 x 14, of which 2 x 2 are merged to a token; some are doubled in time.
 GRID = [[1, 4, 4]] * 2

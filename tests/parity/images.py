@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from parity.towers import CLIP, FOUR, ONE, PATCH, SIGLIP, Wrapper, feed
-from parity.types import INDEXER
-from tiny import DENSE_THEN_SPARSE, LATENT
+from shardwise.tiny.sizes import DENSE_THEN_SPARSE, INDEXER, LATENT
 
 # For each of two rows an image.
 pixels = feed(pixel_values=(2, 3, 28, 28))

@@ -13,13 +13,13 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-import tiny
 from parity import types
 from parity.grids import GRIDS
 from parity.images import IMAGES
 from parity.job import Subject
 from parity.sounds import SOUNDS
 from parity.towers import Wrapper
+from shardwise import tiny
 
 WRAPPERS: dict[str, Wrapper] = {**IMAGES, **GRIDS, **SOUNDS}
 IMAGE, VIDEO, AUDIO, START, END = 5, 6, 7, 8, 9
@@ -64,7 +64,7 @@ def names() -> tuple[str, ...]:
 def config(name: str) -> PreTrainedConfig:
     """The tiny config of a wrapper."""
     wrapper = WRAPPERS[name]
-    parts: dict[str, object] = {"text_config": tiny.config(wrapper.text, **_text(wrapper)).to_dict()}
+    parts: dict[str, object] = {"text_config": tiny.config(wrapper.text, **wrapper.text_options).to_dict()}
     for part, (kind, options) in wrapper.towers.items():
         known = tiny.known(kind)
         parts[part] = {"model_type": kind} | {k: v for k, v in TOWER.items() if k in known} | dict(options)
@@ -99,10 +99,6 @@ def subject(name: str) -> Subject:
     wrapper = WRAPPERS[name]
     second = _text_alone() if wrapper.reads_text else _with_features(wrapper, seed=8)
     return Subject(wrapper.auto, (_with_features(wrapper), second))
-
-
-def _text(wrapper: Wrapper) -> dict[str, object]:
-    return types.OPTIONS.get(wrapper.text, {}) | dict(wrapper.text_options)
 
 
 def _with_features(wrapper: Wrapper, seed: int = 7) -> dict[str, Tensor]:

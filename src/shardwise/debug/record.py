@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -13,10 +12,9 @@ from pathlib import Path
 from statistics import median
 
 import torch.distributed as dist
-from rich.console import Console
 from rich.table import Table
 
-_WIDTH = 128
+from shardwise.report import as_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +106,7 @@ class CollectiveTrace:
         return TraceDifference(self.records, other.records)
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=_WIDTH)
+        tables = []
         for title, rows in _kinds_of_layers(self.records):
             table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
             for heading in ("phase", "collective", "module", "tensor", "shape"):
@@ -117,11 +115,10 @@ class CollectiveTrace:
                 table.add_column(heading, justify="right")
             for cells in rows:
                 table.add_row(*cells)
-            console.print(table)
+            tables.append(table)
         total = sum(record.seconds for record in self.records)
-        console.print(f"{len(self)} collectives, {self.bytes / 2**10:,.1f} KiB put in by this rank, {total * 1e3:.2f} ms")
-        text = console.file.getvalue()  # type: ignore[attr-defined]
-        return "\n".join(line.rstrip() for line in text.splitlines())
+        last = f"{len(self)} collectives, {self.bytes / 2**10:,.1f} KiB put in by this rank, {total * 1e3:.2f} ms"
+        return as_text(*tables, last)
 
 
 class TraceDifference:

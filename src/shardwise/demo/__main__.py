@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 
 from shardwise.demo.measure import reload
-from shardwise.demo.quiet import quiet
 from shardwise.demo.run import run
 from shardwise.demo.settings import Settings
 from shardwise.launch import follow_parent
+from shardwise.quiet import quiet
 
 if __name__ == "__main__":
     follow_parent()

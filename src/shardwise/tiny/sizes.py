@@ -1,22 +1,7 @@
-"""Tiny random models of the types whose plans shardwise corrects, with each kind of layer that the type has."""
+"""What the config of a tiny model of each type says, with each kind of layer that the type has."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
-
-import torch
-from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    Emu3ForCausalLM,
-    Emu3TextConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
-
-# What a type's config does not know is left out.
 COMMON: dict[str, object] = {
     "vocab_size": 127,
     "hidden_size": 64,
@@ -74,6 +59,22 @@ GPT: dict[str, object] = {
     "embd_pdrop": 0.0,
     "attn_pdrop": 0.0,
 }
+SLIDING_THEN_FULL: dict[str, object] = {"layer_types": ["sliding_attention", "full_attention"]}
+INDEXER: dict[str, object] = {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 4}
+GATED_DELTA_NET: dict[str, object] = DELTA_NET | {"layer_types": ["linear_attention", "full_attention"]}
+LLAMA4: dict[str, object] = {
+    "intermediate_size": 48,
+    "intermediate_size_mlp": 96,
+    "interleave_moe_layer_step": 2,
+    "attention_chunk_size": 8,
+    "num_experts_per_tok": 1,
+    "layer_types": ["chunked_attention", "full_attention"],
+}
+MROPE: dict[str, object] = {
+    name: {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
+    for name in ("sliding_attention", "full_attention")
+}
+
 TINY: dict[str, dict[str, object]] = {
     "afmoe": {"layer_types": ["sliding_attention", "full_attention"]},
     "apertus": {},
@@ -193,7 +194,6 @@ TINY: dict[str, dict[str, object]] = {
     "solar_open": {"n_group": 1, "topk_group": 1},
     "youtu": LATENT,
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16, "layer_types": ["hybrid", "hybrid_sliding"]},
-    # Types without a plan of their own.
     "biogpt": NO_DROPOUT,
     "bloom": {},
     "codegen": GPT,
@@ -209,7 +209,6 @@ TINY: dict[str, dict[str, object]] = {
     "persimmon": {},
     "stablelm": {},
     "xglm": NO_DROPOUT | {"ffn_dim": 96},
-    # Types without corrections, for what every type goes through.
     "aria_text": {"moe_num_experts": 4, "moe_topk": 2},
     "cohere": {},
     "dots3_note_text": LATENT
@@ -223,8 +222,8 @@ TINY: dict[str, dict[str, object]] = {
         "n_group": 1,
         "topk_group": 1,
         "shared_experts_intermediate_size": 32,
-        "swa_num_attention_heads": 2,
-        "swa_num_key_value_heads": 2,
+        "swa_num_attention_heads": 8,
+        "swa_num_key_value_heads": 8,
         "swa_q_lora_rank": 24,
         "swa_kv_lora_rank": 16,
         "swa_head_dim": 24,
@@ -244,51 +243,46 @@ TINY: dict[str, dict[str, object]] = {
     "olmo2": {},
     "phi": {},
     "qwen3": {},
+    "axk2": LATENT | DENSE_THEN_SPARSE | INDEXER | {"layer_types": ["indexed_attention"] * 2, "n_group": None},
+    "beam": DENSE_THEN_SPARSE | {"n_group": 2, "topk_group": 1},
+    "cohere2": SLIDING_THEN_FULL,
+    "cohere2_moe": SLIDING_THEN_FULL,
+    "cohere_compass_text": SLIDING_THEN_FULL | {"rope_parameters": MROPE},
+    "deepseek_v2": LATENT | {"n_group": 2, "topk_group": 1},
+    "deepseek_v32": LATENT | INDEXER | {"n_group": 2, "topk_group": 1},
+    "dots1": {"n_group": 1, "topk_group": 1, "n_shared_experts": 1},
+    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 1},
+    "exaone4": SLIDING_THEN_FULL,
+    "gemma3_text": SLIDING_THEN_FULL,
+    "gemma4_unified_text": SLIDING_THEN_FULL | {"global_head_dim": 32},
+    "glm_moe_dsa": LATENT | DENSE_THEN_SPARSE | INDEXER | {"n_group": 2, "topk_group": 1},
+    "granite_swa": SLIDING_THEN_FULL,
+    "granitemoe_swa": SLIDING_THEN_FULL,
+    "hy_v4": DENSE_THEN_SPARSE | INDEXER,
+    "kolibri1": DENSE_THEN_SPARSE | SLIDING_THEN_FULL,
+    "laguna": DENSE_THEN_SPARSE | SLIDING_THEN_FULL,
+    "llama4": {
+        "text_config": LLAMA4 | {key: value for key, value in COMMON.items() if key not in LLAMA4},
+        "vision_config": {
+            "hidden_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "intermediate_size": 128,
+            "vision_output_dim": 32,
+            "image_size": 28,
+            "patch_size": 14,
+            "projector_input_dim": 32,
+            "projector_output_dim": 32,
+        },
+    },
+    "longcat_flash": LATENT
+    | {"num_layers": 2, "ffn_hidden_size": 96, "expert_ffn_hidden_size": 32, "zero_expert_num": 2, "moe_topk": 2},
+    "mellum": DENSE_THEN_SPARSE | SLIDING_THEN_FULL,
+    "mimo_v2_flash": DENSE_THEN_SPARSE | SLIDING_THEN_FULL,
+    "ministral": SLIDING_THEN_FULL,
+    "olmo3": SLIDING_THEN_FULL,
+    "qwen3_5_moe_text": GATED_DELTA_NET,
+    "qwen3_5_text": GATED_DELTA_NET,
+    "qwen3_next": GATED_DELTA_NET,
+    "seed_oss": {"attention_dropout": 0.0, "residual_dropout": 0.0},
 }
-
-
-@cache
-def known(name: str) -> frozenset[str]:
-    """The fields that a type's config has."""
-    config = type(AutoConfig.for_model(name))
-    names = {field for kind in config.__mro__ for field in getattr(kind, "__annotations__", {})}
-    return frozenset(names | set(getattr(config, "attribute_map", {})))
-
-
-def config(name: str, **options: object) -> PreTrainedConfig:
-    """The config of a type in `TINY`, or of another one, for which the common sizes may do."""
-    common = {key: value for key, value in COMMON.items() if key in known(name)}
-    return AutoConfig.for_model(name, **common | TINY.get(name, {}) | options)
-
-
-def build(name: str, **options: object) -> PreTrainedModel:
-    """The model in float32, without dropout, every parameter random: the same in every process."""
-    made = config(name, **options)
-    return randomised(lambda: _empty(made, torch.float32))
-
-
-def randomised(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
-    """What `make` gives, without dropout, every parameter random: the same in every process."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = make()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.is_floating_point():
-                    parameter.copy_(parameter.nan_to_num(0).clamp(-3, 3) + torch.randn_like(parameter) * 0.05)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return model
-
-
-def on_meta(name: str, **options: object) -> PreTrainedModel:
-    """The model without memory."""
-    with torch.device("meta"):
-        return _empty(config(name, **options))
-
-
-def _empty(made: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    if type(made) is Emu3TextConfig:  # the Auto class knows the config around it alone
-        return Emu3ForCausalLM._from_config(made, dtype=dtype)
-    return AutoModelForCausalLM.from_config(made, dtype=dtype)
