@@ -35,6 +35,13 @@ def pool4() -> Iterator[RankPool]:
 
 
 @pytest.fixture(scope="session")
+def shm2() -> Iterator[RankPool]:
+    """Two processes that exchange through shared memory, as `torchrun` gives them on CPUs."""
+    with RankPool(2, backend="cpu:shm") as pool:
+        yield pool
+
+
+@pytest.fixture(scope="session")
 def threads() -> object:
     """`run_threads`: every rank a thread of this process."""
     return run_threads

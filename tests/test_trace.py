@@ -73,9 +73,13 @@ def _trace_step(recompute: bool = False) -> tuple[CollectiveTrace, bool]:
     return trace, bool(torch.equal(plain, traced)) and len(trace) == length
 
 
-def test_a_training_step(pool2):
-    """Guards: a collective left out, seen twice, or given to another module or phase; another result than without."""
-    first, second = pool2.run(_trace_step)
+@pytest.mark.parametrize("backend", ["gloo", "shm"])
+def test_a_training_step(backend, pool2, shm2):
+    """Guards: a collective left out, seen twice, or given to another module or phase; another result than without.
+
+    torch shows dispatch modes the collectives of gloo's groups, and not those of a group that is written in Python.
+    """
+    first, second = {"gloo": pool2, "shm": shm2}[backend].run(_trace_step)
     for trace, same in (first, second):
         assert same
         found = [(one.phase, one.op, one.module, one.parameter) for one in trace]
@@ -111,9 +115,10 @@ def _compiled() -> tuple[CollectiveTrace, CollectiveTrace]:
     return eager, traced
 
 
-def test_compiled_code(pool2):
-    """Guards: collectives of compiled code that nobody sees, or a graph that breaks because somebody looks."""
-    eager, traced = pool2.run(_compiled)[0]
+@pytest.mark.parametrize("backend", ["gloo", "shm"])
+def test_compiled_code(backend, pool2, shm2):
+    """Guards: collectives of compiled code that nobody sees, or that are seen twice, or a graph that breaks because of it."""
+    eager, traced = {"gloo": pool2, "shm": shm2}[backend].run(_compiled)[0]
     kinds = [Counter((one.phase, one.op, one.shape) for one in trace) for trace in (eager, traced)]
     assert kinds[0] == kinds[1]
 

@@ -27,8 +27,8 @@ def meet(mesh: DeviceMesh, what: str, timeout: float = DEFAULT_TIMEOUT) -> None:
     meet_ranks(dist.get_process_group_ranks(mesh.get_group()), what, timeout)
 
 
-def meet_ranks(ranks: Sequence[int], what: str, timeout: float) -> None:
-    """Wait until all of `ranks` (of the default process group) have called `what` as often as this one.
+def meet_ranks(ranks: Sequence[int], what: str, timeout: float) -> int:
+    """Wait until all of `ranks` (of the default process group) have called `what` as often as this one; returns how often.
 
     Goes through the process group's key-value store, so it also answers when the others are in another collective, or gone.
     Raises `MissingRankError` after `timeout` seconds, naming the ranks that did not come.
@@ -42,6 +42,7 @@ def meet_ranks(ranks: Sequence[int], what: str, timeout: float) -> None:
             store.add(f"{prefix}/{mine}", -1)
             raise _missing(what, timeout, missing, mine)
         time.sleep(_POLL_SECONDS)
+    return turn
 
 
 def _missing(what: str, timeout: float, missing: list[int], mine: int) -> MissingRankError:
@@ -49,7 +50,7 @@ def _missing(what: str, timeout: float, missing: list[int], mine: int) -> Missin
     return MissingRankError(
         describe(
             f"{what}: after {timeout:g} s, rank {absent} had not called it; rank {mine} had.",
-            why="each rank holds a part of the model, so every rank must make this call",
+            why="what one rank does here needs all of them, so every rank must make this call",
             either=["take it out of `if rank == 0:`, or", "if a rank is only late, give it more time: timeout=..."],
         )
     )

@@ -56,11 +56,12 @@ _INPUTS = ("input", "inputs", "input_tensor", "input_tensors", "input_lists")
 
 @dataclass(frozen=True)
 class Call:
-    """One call: the collective, the tensors that this rank puts in, and the group."""
+    """One call: the collective, the tensors that this rank puts in, the group, and the shapes that all ranks must agree on."""
 
     kind: str
     inputs: tuple[Tensor, ...]
     group: dist.ProcessGroup | None
+    agreed: tuple[tuple[int, ...], ...]
 
 
 def read_call(function: OpOverload, args: Sequence[object], kwargs: Mapping[str, object]) -> Call | None:
@@ -72,7 +73,15 @@ def read_call(function: OpOverload, args: Sequence[object], kwargs: Mapping[str,
     inputs = next((found for name in _INPUTS if name in given and (found := _tensors(given[name]))), None)
     if inputs is None:
         inputs = next((found for value in given.values() if (found := _tensors(value))), ())
-    return Call(kind, inputs, _group(given))
+    outputs = _tensors(given.get("output_tensors", given.get("output_tensor")))
+    return Call(kind, inputs, _group(given), agreed_shapes(kind, inputs, outputs))
+
+
+def agreed_shapes(kind: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
+    """Ranks may gather pieces of different sizes, if they agree on all of them; and send each other any number of rows."""
+    if kind == "all_to_all":
+        return tuple({tuple(tensor.shape[1:]) for tensor in inputs})
+    return tuple(tuple(tensor.shape) for tensor in (outputs if kind == "all_gather" and outputs else inputs))
 
 
 def _tensors(value: object) -> tuple[Tensor, ...]:
@@ -98,6 +107,8 @@ def wait_for(result: object) -> None:
     for one in result if isinstance(result, (list, tuple)) else (result,):
         if isinstance(one, torch.ScriptObject):
             dist.Work.unbox(one).wait()
+        elif isinstance(one, dist.Work):
+            one.wait()
         elif isinstance(one, Tensor):
             torch.ops._c10d_functional.wait_tensor(one)
         elif isinstance(one, (list, tuple)):

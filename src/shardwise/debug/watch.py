@@ -8,15 +8,19 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from shardwise.debug.operators import Call, read_call, wait_for
+from shardwise.debug.agree import Agreement
+from shardwise.debug.operators import Call, agreed_shapes, read_call, wait_for
 from shardwise.debug.place import Places
 from shardwise.debug.record import Collective, CollectiveTrace, describe_group
+from shardwise.shm.watched import CollectiveWatcher
 
 
-class Watch(TorchDispatchMode):
+class Watch(CollectiveWatcher):
     """Hands each collective to a function of the caller's, in forward and backward, eager and compiled.
 
     Args:
@@ -52,6 +56,13 @@ class Watch(TorchDispatchMode):
             return func(*args, **kwargs)
         return self._seen(self._describe(call), call, lambda: func(*args, **kwargs))
 
+    def collective(
+        self, kind: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor], group: dist.ProcessGroup, run: Callable[[], Any]
+    ) -> Any:
+        """A group in Python is called, which torch shows to no mode."""
+        call = Call(kind, tuple(inputs), group, agreed_shapes(kind, inputs, outputs))
+        return self._seen(self._describe(call), call, run)
+
     def _describe(self, call: Call) -> Collective:
         phase, module, parameter = self._places.now()
         first = call.inputs[0] if call.inputs else None
@@ -71,7 +82,7 @@ class Watch(TorchDispatchMode):
 
 
 @contextmanager
-def trace_collectives() -> Iterator[CollectiveTrace]:
+def trace_collectives(*, check: bool = False, timeout: float = 60.0) -> Iterator[CollectiveTrace]:
     """In the block, every collective of this rank is written down, in order.
 
         with shardwise.trace_collectives() as trace:
@@ -82,10 +93,23 @@ def trace_collectives() -> Iterator[CollectiveTrace]:
     Each is waited for, so that its duration is its own: what an asynchronous one would hide it does not hide here. Compiled
     code is traced as it runs, without the names of modules. Outside of such a block nothing is done, and costs nothing. Every
     rank may do it, or one alone.
+
+    Args:
+        check: compare the ranks before each collective, so that one which differs (in kind, module, phase, shape or dtype) is
+            an error on all of them, with where each stands, and not a hang or wrong numbers. Every rank has to do it, then.
+        timeout: with `check`, seconds that a rank waits for the others to come to the same collective.
+
+    Raises, with `check`:
+        MismatchError: ranks are about to make different collectives. None has begun.
+        MissingRankError: a rank did not begin, left the block, waits in another group, or did not come in time: where it
+            stands is said.
+        MeshError: there is no process group yet.
     """
-    trace = CollectiveTrace([])
+    trace, agreement = CollectiveTrace([]), Agreement(timeout) if check else None
 
     def seen(found: Collective, call: Call, run: Callable[[], Any]) -> Any:
+        if agreement is not None:
+            agreement.before(found, call)
         _synchronize(call)
         began = time.perf_counter()
         result = run()
@@ -94,8 +118,15 @@ def trace_collectives() -> Iterator[CollectiveTrace]:
         trace.add(found, time.perf_counter() - began)
         return result
 
-    with Watch(seen):
-        yield trace
+    try:
+        with Watch(seen):
+            yield trace
+    except BaseException as error:
+        if agreement is not None:
+            agreement.leave(error)
+        raise
+    if agreement is not None:
+        agreement.leave(None)
 
 
 def _synchronize(call: Call) -> None:

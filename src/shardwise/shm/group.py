@@ -8,11 +8,13 @@ from __future__ import annotations
 # torch's stub gives each method the overloads of a caller; c10d itself only makes the calls that are defined here.
 # mypy: disable-error-code="override, assignment"
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
+from torch._C._autograd import _profiler_enabled
 from torch._C._distributed_c10d import (
     AllgatherOptions,
     AllreduceCoalescedOptions,
@@ -35,6 +37,7 @@ from shardwise.shm.channel import Channel
 from shardwise.shm.flat import as_bytes
 from shardwise.shm.mail import Message
 from shardwise.shm.prepare import Prepared
+from shardwise.shm.watched import shown
 from shardwise.shm.work import Operation, Queue
 
 _CPU = torch.device("cpu")
@@ -116,8 +119,9 @@ class ShmGroup(dist.ProcessGroup):
             return self._beside(tensors[0].device).allreduce(tensors, opts)
         op = _name(opts.reduceOp)
         if len(tensors) == 1:
-            return self._submit(prepare.all_reduce(self._channel, tensors[0], op), tensors, opts.asyncOp)
-        return self._several([prepare.all_reduce(self._channel, tensor, op) for tensor in tensors], tensors, opts.asyncOp)
+            return self._submit(prepare.all_reduce(self._channel, tensors[0], op), tensors, tensors, opts.asyncOp)
+        each = [prepare.all_reduce(self._channel, tensor, op) for tensor in tensors]
+        return self._several(each, tensors, tensors, opts.asyncOp)
 
     def allreduce_coalesced(self, tensors: list[Tensor], opts: AllreduceCoalescedOptions | None = None) -> Work:
         """In place."""
@@ -132,7 +136,7 @@ class ShmGroup(dist.ProcessGroup):
             return self._beside(inputs[0].device).allgather(outputs, inputs, opts)
         pairs = zip(outputs, inputs, strict=True)
         written = [tensor for each in outputs for tensor in each]
-        return self._several([prepare.all_gather(self._channel, *pair) for pair in pairs], written, opts.asyncOp)
+        return self._several([prepare.all_gather(self._channel, *pair) for pair in pairs], inputs, written, opts.asyncOp)
 
     def allgather_coalesced(
         self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: AllgatherOptions | None = None
@@ -146,7 +150,7 @@ class ShmGroup(dist.ProcessGroup):
         if not source.is_cpu:
             return self._beside(source.device)._allgather_base(output, source, opts)
         prepared = prepare.all_gather_single(self._channel, output, source)
-        return self._submit(prepared, [output], opts.asyncOp, "_allgather_base_")
+        return self._submit(prepared, [source], [output], opts.asyncOp, "_allgather_base_")
 
     def all_gather_single_coalesced(
         self, outputs: list[Tensor], inputs: list[Tensor], opts: AllgatherOptions | None = None
@@ -156,7 +160,8 @@ class ShmGroup(dist.ProcessGroup):
         if not inputs[0].is_cpu:
             return self._beside(inputs[0].device).allgather_into_tensor_coalesced(outputs, inputs, opts)
         pairs = zip(outputs, inputs, strict=True)
-        return self._several([prepare.all_gather_single(self._channel, *pair) for pair in pairs], outputs, opts.asyncOp)
+        each = [prepare.all_gather_single(self._channel, *pair) for pair in pairs]
+        return self._several(each, inputs, outputs, opts.asyncOp)
 
     def reduce_scatter(
         self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: ReduceScatterOptions | None = None
@@ -166,7 +171,8 @@ class ShmGroup(dist.ProcessGroup):
         if not outputs[0].is_cpu:
             return self._beside(outputs[0].device).reduce_scatter(outputs, inputs, opts)
         op, pairs = _name(opts.reduceOp), zip(outputs, inputs, strict=True)
-        return self._several([prepare.reduce_scatter(self._channel, *pair, op) for pair in pairs], outputs, opts.asyncOp)
+        each = [prepare.reduce_scatter(self._channel, *pair, op) for pair in pairs]
+        return self._several(each, [tensor for some in inputs for tensor in some], outputs, opts.asyncOp)
 
     def reduce_scatter_single(self, output: Tensor, source: Tensor, opts: ReduceScatterOptions | None = None) -> Work:
         """As `reduce_scatter`, the inputs one behind the other in `source`."""
@@ -174,7 +180,7 @@ class ShmGroup(dist.ProcessGroup):
         if not source.is_cpu:
             return self._beside(source.device)._reduce_scatter_base(output, source, opts)
         prepared = prepare.reduce_scatter_single(self._channel, output, source, _name(opts.reduceOp))
-        return self._submit(prepared, [output], opts.asyncOp, "_reduce_scatter_base_")
+        return self._submit(prepared, [source], [output], opts.asyncOp, "_reduce_scatter_base_")
 
     def reduce_scatter_single_coalesced(
         self, outputs: list[Tensor], inputs: list[Tensor], opts: ReduceScatterOptions | None = None
@@ -185,23 +191,24 @@ class ShmGroup(dist.ProcessGroup):
             return self._beside(inputs[0].device).reduce_scatter_tensor_coalesced(outputs, inputs, opts)
         op, pairs = _name(opts.reduceOp), zip(outputs, inputs, strict=True)
         each = [prepare.reduce_scatter_single(self._channel, *pair, op) for pair in pairs]
-        return self._several(each, outputs, opts.asyncOp)
+        return self._several(each, inputs, outputs, opts.asyncOp)
 
     def broadcast(self, tensors: list[Tensor], opts: BroadcastOptions | None = None) -> Work:
         """In place, from the root."""
         opts = opts or BroadcastOptions()
         if not tensors[0].is_cpu:
             return self._beside(tensors[0].device).broadcast(tensors, opts)
-        root = opts.rootRank
-        return self._several([prepare.broadcast(self._channel, tensor, root) for tensor in tensors], tensors, opts.asyncOp)
+        each = [prepare.broadcast(self._channel, tensor, opts.rootRank) for tensor in tensors]
+        return self._several(each, tensors, tensors, opts.asyncOp)
 
     def reduce(self, tensors: list[Tensor], opts: ReduceOptions | None = None) -> Work:
         """In place, on the root."""
         opts = opts or ReduceOptions()
         if not tensors[0].is_cpu:
             return self._beside(tensors[0].device).reduce(tensors, opts)
-        op, root = _name(opts.reduceOp), opts.rootRank
-        return self._several([prepare.reduce(self._channel, tensor, op, root) for tensor in tensors], tensors, opts.asyncOp)
+        op = _name(opts.reduceOp)
+        each = [prepare.reduce(self._channel, tensor, op, opts.rootRank) for tensor in tensors]
+        return self._several(each, tensors, tensors, opts.asyncOp)
 
     def gather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: GatherOptions | None = None) -> Work:
         """`inputs` of every rank into `outputs` of the root, by rank."""
@@ -210,7 +217,7 @@ class ShmGroup(dist.ProcessGroup):
             return self._beside(inputs[0].device).gather(outputs, inputs, opts)
         written = outputs[0] if outputs else []
         prepared = prepare.gather(self._channel, written, inputs[0], opts.rootRank)
-        return self._submit(prepared, written, opts.asyncOp)
+        return self._submit(prepared, inputs, written, opts.asyncOp)
 
     def scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: ScatterOptions | None = None) -> Work:
         """`inputs` of the root, by rank, into `outputs`."""
@@ -218,7 +225,7 @@ class ShmGroup(dist.ProcessGroup):
         if not outputs[0].is_cpu:
             return self._beside(outputs[0].device).scatter(outputs, inputs, opts)
         prepared = prepare.scatter(self._channel, outputs[0], inputs[0] if inputs else [], opts.rootRank)
-        return self._submit(prepared, outputs, opts.asyncOp)
+        return self._submit(prepared, inputs[0] if inputs else outputs, outputs, opts.asyncOp)
 
     def all_to_all_single(
         self,
@@ -233,42 +240,43 @@ class ShmGroup(dist.ProcessGroup):
         if not source.is_cpu:
             return self._beside(source.device).alltoall_base(output, source, output_splits or [], input_splits or [], opts)
         prepared = prepare.all_to_all_single(self._channel, output, source, output_splits or [], input_splits or [])
-        return self._submit(prepared, [output], opts.asyncOp, "alltoall_base_")
+        return self._submit(prepared, [source], [output], opts.asyncOp, "alltoall_base_")
 
     def alltoall(self, outputs: list[Tensor], inputs: list[Tensor], opts: AllToAllOptions | None = None) -> Work:
         """`inputs[r]` to rank r, into `outputs` by sender."""
         opts = opts or AllToAllOptions()
         if not inputs[0].is_cpu:
             return self._beside(inputs[0].device).alltoall(outputs, inputs, opts)
-        return self._submit(prepare.all_to_all(self._channel, outputs, inputs), outputs, opts.asyncOp)
+        return self._submit(prepare.all_to_all(self._channel, outputs, inputs), inputs, outputs, opts.asyncOp)
 
     def barrier(self, opts: BarrierOptions | None = None) -> Work:
         """Returns when every rank has come."""
         opts = opts or BarrierOptions()
-        return self._submit(prepare.barrier(self._channel), [], opts.asyncOp)
+        return self._submit(prepare.barrier(self._channel), [], [], opts.asyncOp)
 
     def send(self, tensors: list[Tensor], peer: int, tag: int = 0) -> Work:
         """To rank `peer` of the group."""
         (tensor,) = tensors
         if not tensor.is_cpu:
             return self._beside(tensor.device).send(tensors, peer, tag)
-        return self._looked_after(self._queue.mail.send(tensor, as_bytes(tensor), peer, tag))
+        return self._mailed("send", tensor, lambda: self._queue.mail.send(tensor, as_bytes(tensor), peer, tag))
 
     def recv(self, tensors: list[Tensor], peer: int, tag: int = 0) -> Work:
         """From rank `peer` of the group."""
         (tensor,) = tensors
         if not tensor.is_cpu:
             return self._beside(tensor.device).recv(tensors, peer, tag)
-        return self._looked_after(self._queue.mail.receive(tensor, as_bytes(tensor), peer, tag))
+        return self._mailed("recv", tensor, lambda: self._queue.mail.receive(tensor, as_bytes(tensor), peer, tag))
 
     def recv_anysource(self, tensors: list[Tensor], tag: int = 0) -> Work:
         """From whichever rank sends first."""
         (tensor,) = tensors
         if not tensor.is_cpu:
             return self._beside(tensor.device).recv_anysource(tensors, tag)
-        return self._looked_after(self._queue.mail.receive(tensor, as_bytes(tensor), -1, tag))
+        return self._mailed("recv", tensor, lambda: self._queue.mail.receive(tensor, as_bytes(tensor), -1, tag))
 
-    def _looked_after(self, message: Message) -> Message:
+    def _mailed(self, kind: str, tensor: Tensor, post: Callable[[], Message]) -> Message:
+        message: Message = shown(kind, [tensor], [tensor], self, post) if _len_torch_dispatch_stack() else post()
         if not message.done:
             self._queue.call_thread()
         return message
@@ -289,15 +297,29 @@ class ShmGroup(dist.ProcessGroup):
             )
         return self._inner
 
-    def _several(self, each: list[Prepared], outputs: list[Tensor], asynchronous: bool) -> Work:
-        return self._submit(each[0] if len(each) == 1 else prepare.several(each), outputs, asynchronous)
+    def _several(self, each: list[Prepared], inputs: list[Tensor], outputs: list[Tensor], asynchronous: bool) -> Work:
+        return self._submit(each[0] if len(each) == 1 else prepare.several(each), inputs, outputs, asynchronous)
 
-    def _submit(self, prepared: Prepared, outputs: list[Tensor], asynchronous: bool, operator: str = "") -> Work:
-        if not torch._C._autograd._profiler_enabled():
-            return self._start(prepared, outputs, asynchronous)
-        # Under the name, too, that a trace of any other backend has, which people and their tools look for.
+    def _submit(
+        self, prepared: Prepared, inputs: list[Tensor], outputs: list[Tensor], asynchronous: bool, operator: str = ""
+    ) -> Work:
         kind = prepared[0].kind
-        with record_function(f"c10d::{operator or _OPERATORS[kind]}"), record_function(f"shm:{kind}"):
+        if _len_torch_dispatch_stack():
+            work: Work = shown(
+                kind,
+                inputs,
+                outputs,
+                self,
+                lambda: self._profiled(prepared, outputs, asynchronous, operator or _OPERATORS[kind]),
+            )
+            return work
+        if _profiler_enabled():
+            return self._profiled(prepared, outputs, asynchronous, operator or _OPERATORS[kind])
+        return self._start(prepared, outputs, asynchronous)
+
+    def _profiled(self, prepared: Prepared, outputs: list[Tensor], asynchronous: bool, operator: str) -> Work:
+        # Under the name, too, that a trace of any other backend has, which people and their tools look for.
+        with record_function(f"c10d::{operator}"), record_function(f"shm:{prepared[0].kind}"):
             return self._start(prepared, outputs, asynchronous)
 
     def _start(self, prepared: Prepared, outputs: list[Tensor], asynchronous: bool) -> Work:
