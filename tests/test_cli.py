@@ -18,6 +18,19 @@ from shardwise.demo.settings import Settings
 OPTIONS = {
     (): {"--version", "--help"},
     ("demo",): {"--tp", "--steps", "--output", "--seed", "--text", "--fast", "--help"},
+    ("generate",): {
+        "--tp",
+        "--prompt",
+        "--ids",
+        "--new-tokens",
+        "--temperature",
+        "--seed",
+        "--dtype",
+        "--chat",
+        "--layers",
+        "--random",
+        "--help",
+    },
     ("plan",): {"--tp", "--html", "--help"},
 }
 
@@ -44,13 +57,14 @@ def test_options_are_these(command: tuple[str, ...]) -> None:
     """Guards: an option that appears, vanishes or is renamed without anyone deciding so."""
     result = CliRunner().invoke(cli.app, [*command, "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
     assert result.exit_code == 0
-    shown = re.findall(r"^\W*(?:-\w[, ]+)?(--[a-z]+)|(?<=\s)(--[a-z]+)(?=\s{2,}|,? +-h\b)", result.output, re.MULTILINE)
+    shown = re.findall(r"^\W*(?:-\w[, ]+)?(--[a-z-]+)|(?<=\s)(--[a-z-]+)(?=\s{2,}|,? +-h\b)", result.output, re.MULTILINE)
     assert {first or second for first, second in shown} == OPTIONS[command]
 
 
 def test_commands_are_these() -> None:
     """Guards: a command that appears or vanishes without anyone deciding so."""
-    assert {command.name or command.callback.__name__ for command in cli.app.registered_commands} == {"demo", "plan"}
+    commands = {command.name or command.callback.__name__ for command in cli.app.registered_commands}
+    assert commands == {"demo", "generate", "plan"}
 
 
 def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,1 @@
+"""`shardwise generate`: a model on several ranks continues a text."""
