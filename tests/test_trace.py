@@ -240,11 +240,29 @@ with fake_rank(2):
 """
 
 
-def test_the_debugger():
-    """Guards: a prompt inside of our own watching, where the tensor is not to be seen."""
+SHARED_MEMORY = """
+import torch
+import torch.distributed as dist
+import shardwise
+from shardwise.shm import register
+
+register()
+dist.init_process_group("cpu:shm", rank=0, world_size=1, store=dist.HashStore())
+
+def ours(x):
+    dist.all_reduce(x)
+
+shardwise.break_on()
+ours(torch.zeros(5))
+print("went on")
+"""
+
+
+def debugged(program: str, commands: str) -> str:
+    """What the program and pdb write, which is given these commands."""
     ended = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        input="p tuple(x.shape)\nwhere\nc\n",
+        [sys.executable, "-c", program],
+        input=commands,
         cwd=Path(__file__).parent,
         capture_output=True,
         text=True,
@@ -252,8 +270,22 @@ def test_the_debugger():
         check=False,
     )
     assert ended.returncode == 0, ended.stderr
-    assert "rank 0: backward all_reduce of float32 (2, 12, 32), model.layers.1.mlp.gate_proj" in ended.stdout
-    assert "(Pdb) (2, 12, 32)" in ended.stdout
-    assert "collectives.py" in ended.stdout
-    assert "CopyToTP" in ended.stdout or "backward()" in ended.stdout
-    assert ended.stdout.rstrip().endswith("went on")
+    return ended.stdout
+
+
+def test_the_debugger_in_a_group_of_ours():
+    """Guards: a prompt inside of the group that exchanges through shared memory."""
+    shown = debugged(SHARED_MEMORY, "p tuple(x.shape)\nc\n")
+    assert "rank 0: forward all_reduce of float32 (5,), outside of any module" in shown
+    assert "(Pdb) (5,)" in shown
+    assert shown.rstrip().endswith("went on")
+
+
+def test_the_debugger():
+    """Guards: a prompt inside of our own watching, where the tensor is not to be seen."""
+    shown = debugged(PROGRAM, "p tuple(x.shape)\nwhere\nc\n")
+    assert "rank 0: backward all_reduce of float32 (2, 12, 32), model.layers.1.mlp.gate_proj" in shown
+    assert "(Pdb) (2, 12, 32)" in shown
+    assert "collectives.py" in shown
+    assert "CopyToTP" in shown or "backward()" in shown
+    assert shown.rstrip().endswith("went on")

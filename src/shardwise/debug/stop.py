@@ -108,4 +108,4 @@ class _Pdb(pdb.Pdb):
 def _calls_a_collective(frame: FrameType) -> bool:
     """Whether it is code that wants a collective, not that which watches or carries it out."""
     name = str(frame.f_globals.get("__name__", ""))
-    return not name.startswith(("shardwise.debug", "torch.", "contextlib"))
+    return not name.startswith(("shardwise.debug", "shardwise.shm", "torch.", "contextlib"))
