@@ -223,6 +223,25 @@ def test_a_breakpoint_that_could_never_stop(wrong):
     assert _modes_and_hooks() == 0
 
 
+def _out_of_order() -> tuple[int, int, int, int]:
+    model = qwen3()
+    first, second = shardwise.break_on("nothing"), shardwise.break_on("nothing either")
+    with shardwise.trace_collectives() as trace:
+        first.remove()
+        step(model)
+        second.remove()
+        one = len(trace)
+    between = _modes_and_hooks()
+    step(model)
+    return one, len(trace), between, second.hits
+
+
+def test_they_end_in_any_order(pool2):
+    """Guards: a breakpoint that is removed while a trace runs, and takes the trace with it, or stays for good."""
+    length = len(expected())
+    assert pool2.run(_out_of_order) == [(length, length, 0, 0)] * 2
+
+
 PROGRAM = """
 import torch
 from torch.distributed.device_mesh import init_device_mesh

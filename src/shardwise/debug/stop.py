@@ -31,7 +31,7 @@ class Breakpoint:
         self._watch.__enter__()
 
     def remove(self) -> None:
-        """Stop no more. Breakpoints and traces end in the opposite order of their beginning."""
+        """Stop no more."""
         if self._watch is not None:
             self._watch.__exit__(None, None, None)
             self._watch = None

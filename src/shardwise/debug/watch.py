@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from shardwise.debug.agree import Agreement
 from shardwise.debug.operators import Call, agreed_shapes, read_call, wait_for
@@ -29,7 +29,7 @@ class Watch(CollectiveWatcher):
 
     def __init__(self, seen: Callable[[Collective, Call, Callable[[], Any]], Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._seen = seen
+        self._seen, self._over = seen, False
         self._places = Places(lambda: any(mode is self for mode in _get_current_dispatch_mode_stack()))
 
     @classmethod
@@ -43,15 +43,18 @@ class Watch(CollectiveWatcher):
         return self
 
     def __exit__(self, *error: object) -> None:
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        """Look no more. Modes are a stack, of which only the last can go: one below stays there, and sees nothing."""
+        self._over = True
         self._places.stop()
+        while (modes := _get_current_dispatch_mode_stack()) and isinstance(last := modes[-1], Watch) and last._over:
+            TorchDispatchMode.__exit__(last, *error)
 
     def __torch_dispatch__(
         self, func: OpOverload, types: object, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Every operator comes by here."""
         kwargs = kwargs or {}
-        call = read_call(func, args, kwargs)
+        call = None if self._over else read_call(func, args, kwargs)
         if call is None:
             return func(*args, **kwargs)
         return self._seen(self._describe(call), call, lambda: func(*args, **kwargs))
@@ -60,6 +63,8 @@ class Watch(CollectiveWatcher):
         self, kind: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor], group: dist.ProcessGroup, run: Callable[[], Any]
     ) -> Any:
         """A group in Python is called, which torch shows to no mode."""
+        if self._over:
+            return run()
         call = Call(kind, tuple(inputs), group, agreed_shapes(kind, inputs, outputs))
         return self._seen(self._describe(call), call, run)
 
