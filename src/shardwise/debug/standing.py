@@ -50,8 +50,9 @@ def _short(file: str) -> str:
     for part in _INSTALLED:
         if part in file:
             return file.rpartition(part)[2]
-    with suppress(ValueError):
-        return str(Path(file).relative_to(Path.cwd()))
+    for folder in (Path.cwd(), Path(__file__).parents[2]):
+        with suppress(ValueError):
+            return str(Path(file).relative_to(folder))
     return file
 
 

@@ -1,0 +1,71 @@
+"""docs/debugging.md: what its commands print is what stands there.
+
+python docs/make_debugging.py
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+DOCS = Path(__file__).parent
+FILES = DOCS / "debugging"
+COMMANDS = "p weight.grad.norm()\nc\np weight.grad.norm()\nc\n"
+WIDTH = 110
+# What torchrun and torch say of themselves, and where things lie on the machine that ran it.
+NOISE = re.compile(r"^(W\d{4} |\*{5}|\[rank[1-9]\]|--Return--|.*RemovedIn|\s*$)")
+MARK = re.compile(r"^<!-- (FILE|RUN!?|PDB|FAIL) (.+) -->$", re.MULTILINE)
+
+
+def main() -> None:
+    """Write the page."""
+    text = MARK.sub(lambda mark: shown(*mark.groups()), (DOCS / "debugging.template.md").read_text(encoding="utf-8"))
+    (DOCS / "debugging.md").write_text(text, encoding="utf-8")
+
+
+def shown(kind: str, what: str) -> str:
+    """The block that stands for a mark."""
+    if kind == "FILE":
+        return f"```python\n{(FILES / what).read_text(encoding='utf-8').strip()}\n```"
+    output = run(what, fails=kind in ("RUN!", "FAIL"), typed=COMMANDS if kind == "PDB" else "")
+    if kind == "PDB":
+        output = debugged(output)
+    if kind == "FAIL":
+        output = error_of(output)
+    return f"```\n$ {what}\n{output}\n```"
+
+
+def run(command: str, fails: bool, typed: str) -> str:
+    """What a user in the folder sees. Raises `SystemExit` where it fails and should not, or the other way round."""
+    environment = os.environ | {"COLUMNS": str(WIDTH), "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": ""}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    line = command.replace("shardwise ", f"{sys.executable} -m shardwise.cli ", 1).replace("torchrun", "torchrun --standalone")
+    done = subprocess.run(
+        line, shell=True, cwd=FILES, env=environment, input=typed, capture_output=True, text=True, check=False
+    )
+    if bool(done.returncode) != fails:
+        raise SystemExit(f"{command}\n{done.stdout}\n{done.stderr}")
+    said = done.stdout + (done.stderr if "torchrun" in command else "")
+    lines = [line.rstrip() for line in said.splitlines() if not NOISE.match(line) or "torchrun" not in command]
+    return "\n".join(lines).strip("\n").replace(f"{FILES}{os.sep}", "")
+
+
+def debugged(output: str) -> str:
+    """A session of pdb, with what was typed, which a terminal would show."""
+    typed = iter(COMMANDS.splitlines())
+    lines = re.sub(r"\(Pdb\) ", lambda prompt: f"(Pdb) {next(typed, '')}\n", output).splitlines()
+    return "\n".join(line for number, line in enumerate(lines) if number == 0 or line != lines[number - 2])
+
+
+def error_of(output: str) -> str:
+    """The error of rank 0, without torchrun's account of it."""
+    lines = [line.removeprefix("[rank0]: ") for line in output.splitlines() if line.startswith("[rank0]: ")]
+    first = next(number for number, line in enumerate(lines) if line.startswith("shardwise."))
+    return "\n".join(lines[first:])
+
+
+if __name__ == "__main__":
+    main()
