@@ -32,6 +32,10 @@ OPTIONS = {
         "--help",
     },
     ("plan",): {"--tp", "--html", "--help"},
+    ("profile",): {
+        *("--tp", "--compile", "--against", "--random", "--layers", "--mode", "--dtype", "--batch", "--sequence"),
+        *("--steps", "--warmup", "--stacks", "--output", "--help"),
+    },
 }
 
 
@@ -64,7 +68,7 @@ def test_options_are_these(command: tuple[str, ...]) -> None:
 def test_commands_are_these() -> None:
     """Guards: a command that appears or vanishes without anyone deciding so."""
     commands = {command.name or command.callback.__name__ for command in cli.app.registered_commands}
-    assert commands == {"demo", "generate", "plan"}
+    assert commands == {"demo", "generate", "plan", "profile"}
 
 
 def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

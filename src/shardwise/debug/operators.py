@@ -102,6 +102,12 @@ def _group(given: Mapping[str, object]) -> dist.ProcessGroup | None:
     return None
 
 
+def collective_of(operator: str) -> str | None:
+    """The collective that an operator is, by its qualified name: "all_reduce" for "c10d::allreduce_"."""
+    namespace, _, name = operator.partition("::")
+    return KINDS.get(name) if namespace in _NAMESPACES else None
+
+
 def wait_for(result: object) -> None:
     """Until what a collective gave is there: its work is done, or its tensors are."""
     for one in result if isinstance(result, (list, tuple)) else (result,):

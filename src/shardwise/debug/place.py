@@ -60,6 +60,17 @@ class Places:
         node: Any = torch._C._current_autograd_node()
         return "backward", *self._of_node(node)
 
+    def entered(self, path: str) -> None:
+        """A module has begun. Does nothing here: for subclasses."""
+
+    def left(self) -> None:
+        """The module that began last has ended. Does nothing here: for subclasses."""
+
+    @property
+    def spans(self) -> list[tuple[int, str]]:
+        """From which of autograd's sequence numbers on which module's nodes are made, in ascending order; on one thread."""
+        return list(zip(self._numbers, self._paths, strict=True))
+
     def _of_node(self, node: Any) -> tuple[str, str]:
         if node is None:
             return OUTSIDE, ""
@@ -83,8 +94,10 @@ class Places:
         if module not in self._names:
             self._names.update((m, name) for name, m in module.named_modules() if m not in self._names)
             self._parameters.update((id(p), name) for name, p in module.named_parameters())
-        self._running[threading.get_ident()].append(self._names[module] or type(module).__name__)
+        path = self._names[module] or type(module).__name__
+        self._running[threading.get_ident()].append(path)
         self._mark()
+        self.entered(path)
 
     def _leave(self, module: nn.Module, _: object, __: object) -> None:
         if torch.compiler.is_compiling() or not self._counts():
@@ -93,6 +106,7 @@ class Places:
         if running:
             running.pop()
             self._mark()
+            self.left()
 
     def _mark(self) -> None:
         running = self._running[threading.get_ident()]

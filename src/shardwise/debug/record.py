@@ -158,7 +158,7 @@ def _kinds_of_layers(records: Sequence[Collective]) -> Iterator[tuple[str, list[
     """Title and rows of a table for each run of layers that do the same, in the order of the first collective of each."""
     layers: dict[str, list[Collective]] = {}
     for record in records:
-        layers.setdefault(_layer(record.module), []).append(record)
+        layers.setdefault(layer_of(record.module), []).append(record)
     alike: dict[tuple[object, ...], list[str]] = {}
     for layer, found in layers.items():
         own = tuple((record.what[0:2], record.module[len(layer) :], record.what[3:]) for record in found)
@@ -167,8 +167,8 @@ def _kinds_of_layers(records: Sequence[Collective]) -> Iterator[tuple[str, list[
         yield _title(names), _rows([(record, name) for name in names for record in layers[name]])
 
 
-def _layer(module: str) -> str:
-    """The path up to the first number: "model.layers.3"."""
+def layer_of(module: str) -> str:
+    """The layer in which a module is: the path up to the first number: "model.layers.3"."""
     found = re.match(r"(.*?\.)?\d+(?=\.|$)", module)
     return found[0] if found else ""
 

@@ -1,0 +1,96 @@
+"""What each rank does: build every contender, time their steps in turn, and profile one of each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from shardwise.debug import trace_collectives
+from shardwise.mesh import local_device
+from shardwise.profiling.capture import Capture, synchronize
+from shardwise.profiling.contenders import build
+from shardwise.profiling.settings import COMPILED, Cell, Settings
+from shardwise.profiling.steps import Step, make_step
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Running:
+    """A cell at work on this rank."""
+
+    cell: Cell
+    step: Step
+    collectives: list[dict[str, Any]] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+
+def run(settings: Settings, mesh: DeviceMesh, say: Say) -> None:
+    """Measure everything, and leave this rank's traces and records in the folders of the cells. Collective."""
+    device = local_device(mesh)
+    running = _build(settings, mesh, say)
+    for one in running:
+        say(f"{one.cell}: warming up")
+        _warm_up(one, settings.warmup, device)
+    say(f"{settings.steps} steps of each, in turn")
+    for turn in range(settings.steps):
+        for one in running[turn % len(running) :] + running[: turn % len(running)]:  # nobody is always behind the same one
+            _time(one, device)
+    for one in running:
+        say(f"{one.cell}: profiling a step")
+        _profile(one, settings, device)
+
+
+def _build(settings: Settings, mesh: DeviceMesh, say: Say) -> list[Running]:
+    models: dict[str, Any] = {}
+    running = []
+    for cell in settings.cells:
+        if cell.contender not in models:
+            say(f"{cell.contender}: loading")
+            models[cell.contender] = build(cell.contender, settings, mesh)
+        model = models[cell.contender]
+        called = _compiled(model) if cell.how == COMPILED else model
+        running.append(Running(cell, make_step(settings, model, called)))
+    return running
+
+
+def _compiled(model: nn.Module) -> Any:
+    # On CPUs Inductor's kernels show in a trace only with this; it costs them some ten nanoseconds each.
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    return torch.compile(model, options={"cpp.enable_kernel_profile": True} if on_cpu else None)
+
+
+def _warm_up(one: Running, steps: int, device: torch.device) -> None:
+    for _ in range(steps):
+        one.step()
+    with trace_collectives() as trace:  # what they are: the profile says when
+        one.step()
+    one.collectives = [asdict(record) for record in trace]
+    with Capture(device, modules=one.cell.how != COMPILED):  # the profiler's own first time
+        one.step()
+    one.step()
+    synchronize(device)
+
+
+def _time(one: Running, device: torch.device) -> None:
+    dist.barrier()
+    synchronize(device)
+    began = time.perf_counter()
+    one.step()
+    synchronize(device)
+    one.seconds.append(time.perf_counter() - began)
+
+
+def _profile(one: Running, settings: Settings, device: torch.device) -> None:
+    capture = Capture(device, modules=one.cell.how != COMPILED, stacks=settings.stacks)
+    with capture:
+        one.step()
+    record = capture.record(seconds=one.seconds, collectives=one.collectives)
+    capture.save(settings.folder(one.cell), record)
