@@ -15,6 +15,16 @@ _POINT_TO_POINT = ("send", "recv")
 # In which no rank can be done before the last has come.
 _EVERYONE_WAITS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "barrier")
 
+# What the name of a kernel says; the longer ones first. nccl sends and receives for an all-to-all, too.
+_KERNELS = {
+    "AllReduce": "all_reduce",
+    "AllGather": "all_gather",
+    "ReduceScatter": "reduce_scatter",
+    "SendRecv": "all_to_all",
+    "Broadcast": "broadcast",
+    "Reduce": "reduce",
+}
+
 
 @dataclass(eq=False)
 class Call:
@@ -88,11 +98,11 @@ def find_calls(trace: RankTrace) -> list[Call]:
         if event.name == _WAIT:
             _finish(event, pending)
             continue
-        call = _call(trace, event, kernels.get(id(event), []))
+        call = _call(trace, event, kernels.of.get(id(event), []))
         found.append((event, call))
         if event.name.startswith("_c10d_functional::") and not event.name.endswith("_out"):
             pending.append((event, call))
-    calls = [call for _, call in found]
+    calls = sorted([call for _, call in found] + kernels.alone, key=lambda call: call.start)
     known = trace.record.collectives
     if [call.kind for call in calls] == [one["op"] for one in known]:
         for call, one in zip(calls, known, strict=True):
@@ -173,13 +183,27 @@ def _length(shape: Sequence[Any]) -> int:
     return length
 
 
-def _kernels(trace: RankTrace) -> dict[int, list[Event]]:
-    """By the collective (its `id`) that launched them."""
-    found: dict[int, list[Event]] = {}
+@dataclass
+class _Kernels:
+    """The kernels that communicate: by the collective (its `id`) that launched them, or, from a CUDA graph, alone."""
+
+    of: dict[int, list[Event]]
+    alone: list[Call]
+
+
+def _kernels(trace: RankTrace) -> _Kernels:
+    found = _Kernels({}, [])
     for kernel in trace.device:
         if is_communication_kernel(kernel.name):
             launch = trace.launches[kernel.args["correlation"]]
             outer = [event for event in launch.above() if is_communication(event.name)]
             if outer:
-                found.setdefault(id(outer[-1]), []).append(kernel)
+                found.of.setdefault(id(outer[-1]), []).append(kernel)
+            else:
+                span = (kernel.start, kernel.end)
+                found.alone.append(Call(trace.rank, _kind(kernel.name), *trace.place(launch), *span, [span]))
     return found
+
+
+def _kind(kernel: str) -> str:
+    return next((kind for part, kind in _KERNELS.items() if part in kernel), "send")

@@ -121,24 +121,28 @@ class Capture:
         )
 
     def save(self, folder: Path, record: Record) -> None:
-        """Write `rankN.json.gz`, the trace as torch gives it, and `rankN.record.json`."""
-        folder.mkdir(parents=True, exist_ok=True)
+        """Write `traces/rankN.json.gz`, the trace as torch gives it, and `records/rankN.json` into `folder`.
+
+        Apart from each other, because other tools take all that lies in a folder for traces.
+        """
+        for file in (trace_file(folder, record.rank), record_file(folder, record.rank)):
+            file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as scratch:
             raw = Path(scratch, "trace.json")
             self._profile.export_chrome_trace(str(raw))
-            with gzip.open(trace_file(folder, record.rank), "wb", compresslevel=5) as file:
-                file.write(raw.read_bytes())
+            with gzip.open(trace_file(folder, record.rank), "wb", compresslevel=5) as compressed:
+                compressed.write(raw.read_bytes())
         record_file(folder, record.rank).write_text(json.dumps(asdict(record)), encoding="utf-8")
 
 
 def trace_file(folder: Path, rank: int) -> Path:
     """The trace of one rank."""
-    return folder / f"rank{rank}.json.gz"
+    return folder / "traces" / f"rank{rank}.json.gz"
 
 
 def record_file(folder: Path, rank: int) -> Path:
     """What it knows besides."""
-    return folder / f"rank{rank}.record.json"
+    return folder / "records" / f"rank{rank}.json"
 
 
 def synchronize(device: torch.device) -> None:

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 import shardwise
 from shardwise.errors import ShardwiseError, describe
 from shardwise.mesh import local_device
+from shardwise.plan import Plan
 from shardwise.profiling.settings import DTENSOR, OURS, TRANSFORMERS, Settings
 
 _DTENSOR_SINCE = (5, 16)
@@ -34,8 +35,12 @@ def what_it_is(name: str) -> str:
     return f'transformers {transformers.__version__}: from_pretrained(tp_plan="auto"), {made_of}'
 
 
-def check_installed(settings: Settings) -> None:
-    """Raise `ShardwiseError` where a peer needs a package that is not there."""
+def check_peers(settings: Settings, plan: Plan) -> None:
+    """Raise `ShardwiseError` where a peer needs a package that is not there, or can't do what the model's `plan` says."""
+    if DTENSOR in settings.against:
+        from shardwise.profiling.dtensor import styles  # loads DTensor, which nobody else needs
+
+        styles(plan)
     if TRANSFORMERS in settings.against and find_spec("accelerate") is None:
         raise ShardwiseError(
             describe(
@@ -52,7 +57,7 @@ def _ours(settings: Settings, mesh: DeviceMesh) -> Any:
 
 
 def _dtensor(settings: Settings, mesh: DeviceMesh) -> Any:
-    from shardwise.profiling.dtensor import parallelized  # loads DTensor, which nobody else needs
+    from shardwise.profiling.dtensor import parallelized
 
     model = transformers.AutoModelForCausalLM.from_pretrained(settings.path, dtype=getattr(torch, settings.dtype))
     return parallelized(model, mesh).to(local_device(mesh))

@@ -19,18 +19,17 @@ from shardwise.plan import Plan
 
 
 def parallelized(model: Any, mesh: DeviceMesh) -> Any:
-    """An ordinary transformers model, made parallel in place. Collective.
+    """An ordinary transformers model, made parallel in place. Collective."""
+    parallelize_module(model, mesh, styles(shardwise.plan(model, mesh.size())))
+    return model
+
+
+def styles(plan: Plan) -> dict[str, ParallelStyle]:
+    """By module. What only a correction of ours says is left whole.
 
     Raises `PlanError` for a rule that torch has no style for, where the rule splits a parameter; one that does not (a norm's)
     is passed over.
     """
-    plan = shardwise.plan(model, mesh.size())
-    parallelize_module(model, mesh, _styles(plan))
-    return model
-
-
-def _styles(plan: Plan) -> dict[str, ParallelStyle]:
-    """By module. What only a correction of ours says is left whole."""
     found: dict[str, ParallelStyle] = {}
     for module in plan.modules:
         if module.rule is None or module.rule.source != "model":

@@ -17,7 +17,7 @@ import shardwise
 from shardwise.errors import MeshError, ShardwiseError, describe
 from shardwise.launch import launched, run_as_ranks
 from shardwise.mesh import tp_mesh
-from shardwise.profiling.contenders import check_installed
+from shardwise.profiling.contenders import check_peers
 from shardwise.profiling.rank import Say
 from shardwise.profiling.rank import run as run_rank
 from shardwise.profiling.result import Comparison
@@ -72,7 +72,7 @@ def profile(
     Raises `ShardwiseError` for what cannot be, before any rank is started where that can be known.
     """
     subject = find(os.fspath(model), random=random, layers=layers)
-    shardwise.plan(subject.config, tp)
+    plan = shardwise.plan(subject.config, tp)
     dtype = dtype or _own_dtype(subject)
     if not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ShardwiseError(describe(f"dtype {dtype}: there is none of that name.", known="float32, bfloat16, float16"))
@@ -94,7 +94,7 @@ def profile(
             steps=steps,
             stacks=stacks,
         )
-        check_installed(settings)
+        check_peers(settings, plan)
         return _in_torchrun(settings, subject, work) if launched() else _on_own_ranks(settings, subject, work, show)
 
 

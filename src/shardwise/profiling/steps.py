@@ -58,6 +58,6 @@ def _decode(model: Any, called: nn.Module, tokens: Tensor) -> Step:
     @torch.no_grad()
     def step() -> None:
         called(input_ids=token, past_key_values=cache, use_cache=True)
-        cache.crop(tokens.shape[1])
+        cache.crop(-1)
 
     return step
