@@ -8,17 +8,23 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
 import shardwise
+from shardwise import tiny
 from shardwise.errors import ShardwiseError
+from shardwise.mesh import tp_mesh
 from shardwise.profiling import contenders
 from shardwise.profiling.settings import Settings
 from shardwise.subject import find
+from shardwise.testing import RankPool
 from traces import Seen, read_strictly
 
 LAYERS, RANKS = 2, 2
@@ -158,6 +164,26 @@ def test_compiled(tmp_path: Path, pool2) -> None:
     assert {(part["name"], part["phase"]) for part in compiled["profiled"]["layers"]} == {("", "forward"), ("", "backward")}
     page = (tmp_path / "report.html").read_text()
     assert "Compiled code calls no modules" in page
+
+
+def _own_loop(output: str) -> tuple[list[int], str]:
+    model, ids = shardwise.parallelize(tiny.build("llama"), tp_mesh()), torch.arange(24).view(2, 12)
+    with shardwise.profiler(output) as profiling:
+        time.sleep(0.05 * dist.get_rank())
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    if profiling.result is None:
+        return [], ""
+    return [rank.calls for rank in profiling.result.analysis.ranks], str(profiling.result)
+
+
+def test_a_loop_of_ones_own(tmp_path: Path) -> None:
+    """Guards: a late rank that is not named, in the traces of whoever has a loop already."""
+    with RankPool(2, backend=None) as pool:  # with one process group: the shared ones may have more by now
+        (calls, shown), (_, nothing) = pool.run(_own_loop, str(tmp_path))
+    assert calls == [sum(OURS.values())] * 2
+    assert nothing == ""
+    assert re.search(r"all_reduce model\.embed_tokens forward +rank 1 +[4-9]\d\.\d", shown)
+    _assert_sound(merged(tmp_path, "shardwise-eager"))
 
 
 @pytest.mark.parametrize(

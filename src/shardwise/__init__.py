@@ -17,7 +17,7 @@ from shardwise.errors import CheckpointError, MeshError, MismatchError, MissingR
 from shardwise.layers import ParallelStyle
 from shardwise.layers.registry import register_style
 from shardwise.plan import Plan
-from shardwise.profiling import profile
+from shardwise.profiling import profile, profiler
 from shardwise.state import full_gradients, full_state_dict
 from shardwise.training import clip_grad_norm_
 
@@ -46,6 +46,7 @@ __all__ = [
     "parallelize",
     "plan",
     "profile",
+    "profiler",
     "register_style",
     "trace_collectives",
     "unparallelize",

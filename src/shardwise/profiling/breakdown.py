@@ -26,9 +26,10 @@ class Found:
 
 
 def find(traces: Sequence[RankTrace]) -> tuple[list[Found], list[list[Call]]]:
-    """What each rank did, and which calls are one collective."""
+    """What each rank did, and which calls are one collective: none where there are several groups, and calls that name none."""
     found = [Found(trace, find_pieces(trace), find_calls(trace)) for trace in traces]
-    return found, match_calls([one.calls for one in found])
+    sure = all(one.trace.groups < 2 or all(call.known for call in one.calls) for one in found)
+    return found, match_calls([one.calls for one in found]) if sure else []
 
 
 @dataclass(frozen=True)

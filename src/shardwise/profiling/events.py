@@ -90,11 +90,10 @@ class RankTrace:
         """Of the default group."""
         return self.record.rank
 
-    def host(self) -> Iterator[Event]:
-        """All ranges of the host's threads in the step."""
-        for roots in self.roots.values():
-            for root in roots:
-                yield from root.below()
+    @property
+    def groups(self) -> int:
+        """How many process groups there were."""
+        return int(self.raw.get("distributedInfo", {}).get("pg_count", 1))
 
     def place(self, event: Event) -> tuple[str, str]:
         """Phase and module path of a host's range: "forward", "backward" or "recompute", and "" outside of any module."""

@@ -24,7 +24,7 @@ from shardwise.report import as_text
 
 @dataclass(frozen=True)
 class Profile:
-    """One cell: what was measured of it.
+    """One cell: what was measured of it. Prints as tables of the profiled step.
 
     Attributes:
         cell: who and how.
@@ -66,6 +66,13 @@ class Profile:
             "profiled": asdict(self.analysis),
         }
 
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the trace of all ranks into `folder`."""
+        save_merged(self.merged(), Path(folder) / f"{self.cell.key}.trace.json.gz")
+
+    def __str__(self) -> str:
+        return as_text(*show.details(self))
+
     def merged(self) -> dict[str, Any]:
         """The trace of all ranks, in Chrome's format."""
         return merge(self.found, self.matches, str(self.cell))
@@ -86,7 +93,7 @@ class Comparison:
         """Write the merged traces, `report.html` and `report.json` into `folder`."""
         where = Path(folder)
         for one in self.profiles:
-            save_merged(one.merged(), where / f"{one.cell.key}.trace.json.gz")
+            one.save(where)
         (where / "report.html").write_text(self.to_html(), encoding="utf-8")
         (where / "report.json").write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
 

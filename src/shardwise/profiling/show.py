@@ -13,7 +13,7 @@ from shardwise.profiling import tables
 from shardwise.profiling.tables import Table
 
 if TYPE_CHECKING:
-    from shardwise.profiling.result import Comparison
+    from shardwise.profiling.result import Comparison, Profile
 
 _LAYERS, _OPERATORS, _COLLECTIVES, _LATE = 12, 8, 8, 3
 
@@ -27,12 +27,17 @@ def parts(result: Comparison) -> Iterator[RenderableType]:
     yield from _table(tables.breakdowns(result))
     several = len(result.profiles) > 1
     yield Text(f"\n{first.cell}, the profiled step" + (" (the others are on the page)" if several else ""), style="bold")
+    yield from details(first)
+
+
+def details(profile: Profile) -> Iterator[RenderableType]:
+    """The tables of one cell."""
     for table in (
-        tables.ranks(first),
-        tables.layers(first, together=True),
-        tables.collectives(first, _COLLECTIVES),
-        tables.late(first, _LATE),
-        tables.operators(first, _OPERATORS),
+        tables.ranks(profile),
+        tables.layers(profile, together=True),
+        tables.collectives(profile, _COLLECTIVES),
+        tables.late(profile, _LATE),
+        tables.operators(profile, _OPERATORS),
     ):
         yield from _table(table)
 

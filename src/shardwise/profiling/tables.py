@@ -62,15 +62,16 @@ def breakdowns(result: Comparison) -> Table:
         rows.append([str(one.cell), *map(ms, means), f"{ranks[0].calls}", sent, grown])
     text = (
         "One step under the profiler, which slows the host: compare the parts with each other, and times with the table above. "
-        f"Means over the ranks. {meaning(result)} grown: tensors' memory, at most, over that at the beginning."
+        f"Means over the ranks. {meaning(result.device)} put in: by a rank into its collectives; grown: "
+        "tensors' memory, at most, over that at the beginning."
     )
-    headings = ("", "profiled ms", "compute", "wait", "transfer", "host", "collectives", "MiB sent", "grown MiB")
+    headings = ("", "profiled ms", "compute", "wait", "transfer", "host", "collectives", "MiB put in", "MiB grown")
     return Table("What it went to", text, headings, rows)
 
 
-def meaning(result: Comparison) -> str:
-    """What the columns are, on this device."""
-    if result.device == "cuda":
+def meaning(device: str) -> str:
+    """What the columns are, on "cpu" or "cuda"."""
+    if device == "cuda":
         return (
             "compute: a kernel or copy ran; wait and transfer: a communication kernel ran and no other, before and after "
             "the last rank's had begun; host: the device did nothing."
