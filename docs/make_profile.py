@@ -12,8 +12,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-from transformers import LlamaConfig
-
 from shardwise.profiling import plots
 from shardwise.profiling.result import Comparison
 from shardwise.profiling.settings import Settings
@@ -22,24 +20,14 @@ PAGE = Path(__file__).parent / "profile.md"
 TEMPLATE = Path(__file__).parent / "profile.template.md"
 PICTURES = Path(__file__).parent / "profile"
 WIDTH = 110
-COMMAND = "shardwise profile small-llama --random --compile --against dtensor,transformers --batch 2 --sequence 128"
-DECODE = "shardwise profile small-llama --random --mode decode --batch 1 --sequence 128 --steps 20 --output decode"
-MODEL = LlamaConfig(
-    vocab_size=2048,
-    hidden_size=256,
-    intermediate_size=704,
-    num_hidden_layers=4,
-    num_attention_heads=8,
-    num_key_value_heads=4,
-    max_position_embeddings=512,
-)
+COMMAND = "shardwise profile llama --random --compile --against dtensor,transformers --sequence 64"
+DECODE = "shardwise profile llama --random --mode decode --batch 1 --sequence 64 --steps 20 --output decode"
 
 
 def main() -> None:
     """Run everything and write the page."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        MODEL.save_pretrained(folder / "small-llama")
         said = {"COMMAND": run(COMMAND, folder), "DECODE": run(DECODE, folder)}
         text = TEMPLATE.read_text(encoding="utf-8")
         for name, shown in said.items():

@@ -145,6 +145,7 @@ def _profiled(output: str, **options: Any) -> list[list[int]] | None:
 def test_modes(mode: str, tmp_path: Path, pool2) -> None:
     """Guards: a backward, or a prompt, in what is to be without; ranks of torchrun's that start ranks of their own."""
     assert pool2.run(_profiled, str(tmp_path), mode=mode) == [[[6, 6]], None]
+    assert not (tmp_path / "work").exists()
     cell = json.loads((tmp_path / "report.json").read_text())["cells"][0]
     assert "gloo" in cell["backend"]
     tokens, hidden, logits = 2 * (1 if mode == "decode" else 16), 64, 64

@@ -12,7 +12,6 @@ from shardwise.profiling.backward import backward_ranges
 from shardwise.profiling.breakdown import Found
 from shardwise.profiling.calls import Call
 from shardwise.profiling.clock import MARK
-from shardwise.profiling.events import DEVICE
 from shardwise.profiling.lanes import Range, in_lanes
 
 COLLECTIVES, MAIN, STREAMS = 0, 1, 1000
@@ -73,10 +72,11 @@ class _Threads:
         self._numbers: dict[object, int] = {}
         step = next(raw for raw in found.trace.raw["traceEvents"] if raw.get("name", "").startswith("ProfilerStep"))
         self._numbers[step["tid"]] = MAIN
+        self._process = step["pid"]
 
     def number(self, raw: JsonEvent) -> int:
         """Of the thread or stream of an event."""
-        if raw.get("cat") in DEVICE or str(raw.get("cat", "")).startswith("gpu_"):
+        if raw["pid"] != self._process:  # then it is the number of a device
             number = STREAMS + int(raw["tid"])
             self._names[number] = f"stream {raw['tid']}"
             return number

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -113,6 +114,7 @@ def _in_torchrun(settings: Settings, subject: Subject, work: Path) -> Comparison
     one_rank(settings)
     if dist.get_rank():
         return None
+    shutil.rmtree(work, ignore_errors=True)
     result = Comparison.read(settings)
     result.save(settings.output)
     return result
