@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import tempfile
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -68,6 +69,8 @@ class Capture:
         device: where the model is.
         modules: whether there are ranges for modules; not for compiled code, which would be compiled anew because of them.
         stacks: whether the trace has Python's frames.
+
+    `seconds` is how long it took, afterwards.
     """
 
     def __init__(self, device: torch.device, *, modules: bool = True, stacks: bool = False) -> None:
@@ -81,6 +84,7 @@ class Capture:
         )
         self._step = record_function(STEP)
         self._marks: list[Mark] = []
+        self.seconds = 0.0
 
     def __enter__(self) -> Capture:
         self._profile.__enter__()
@@ -91,11 +95,13 @@ class Capture:
         if self._ranges is not None:
             self._ranges.start()
         self._step.__enter__()
+        self.seconds = -time.perf_counter()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         if error is None:
             synchronize(self._device)
+        self.seconds += time.perf_counter()
         self._step.__exit__(kind, error, traceback)
         if self._ranges is not None:
             self._ranges.stop()

@@ -61,9 +61,9 @@ def breakdowns(result: Comparison) -> Table:
         grown = f"{max(rank.grown for rank in ranks) / 2**20:,.1f}"
         rows.append([str(one.cell), *map(ms, means), f"{ranks[0].calls}", sent, grown])
     text = (
-        "One step under the profiler, which slows the host: compare the parts with each other, and times with the table above. "
-        f"Means over the ranks. {meaning(result.device)} put in: by a rank into its collectives; grown: "
-        "tensors' memory, at most, over that at the beginning."
+        "The one of medium duration among three steps under the profiler, which slows the host: compare the parts with each "
+        f"other, and times with the table above. Means over the ranks. {meaning(result.device)} put in: by a rank into its "
+        "collectives; grown: tensors' memory, at most, over that at the beginning."
     )
     headings = ("", "profiled ms", "compute", "wait", "transfer", "host", "collectives", "MiB put in", "MiB grown")
     return Table("What it went to", text, headings, rows)
