@@ -84,6 +84,7 @@ class Capture:
         )
         self._step = record_function(STEP)
         self._marks: list[Mark] = []
+        self._offset = Offset()
         self.seconds = 0.0
 
     def __enter__(self) -> Capture:
@@ -107,12 +108,14 @@ class Capture:
             self._ranges.stop()
         self._marks += make_marks()
         self._profile.__exit__(kind, error, traceback)
+        if error is None and dist.is_initialized():  # at once: two hosts' clocks drift apart
+            store = dist.distributed_c10d._get_default_store()
+            self._offset = host_offset(store, dist.get_rank(), dist.get_world_size(), this_host())
 
     def record(self, **known: Any) -> Record:
-        """What is to be kept beside the trace; `known` are the fields that the caller has. Collective."""
+        """What is to be kept beside the trace; `known` are the fields that the caller has."""
         parallel = dist.is_initialized()
         rank, size = (dist.get_rank(), dist.get_world_size()) if parallel else (0, 1)
-        offset = host_offset(dist.distributed_c10d._get_default_store(), rank, size, this_host()) if parallel else Offset()
         return Record(
             rank=rank,
             size=size,
@@ -120,7 +123,7 @@ class Capture:
             backend=dist.get_backend_config() if parallel else "",
             threads=torch.get_num_threads(),
             marks=self._marks,
-            offset=offset,
+            offset=self._offset,
             spans=self._ranges.spans if self._ranges is not None else [],
             flops=float(sum(event.flops or 0 for event in self._profile.key_averages())),
             **known,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -22,7 +24,7 @@ from shardwise.profiling.steps import Step, make_step
 Say = Callable[[str], None]
 
 PROFILED = 3
-"""Steps under the profiler, of which the one of medium duration is shown: one alone may have met with anything."""
+"""Steps under the profiler, of which the quickest is shown: that with which the rest of the machine interfered least."""
 
 
 @dataclass
@@ -33,6 +35,8 @@ class Running:
     step: Step
     collectives: list[dict[str, Any]] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    quickest: float = math.inf
+    capture: Capture | None = None
 
 
 def run(settings: Settings, mesh: DeviceMesh, say: Say) -> None:
@@ -44,11 +48,20 @@ def run(settings: Settings, mesh: DeviceMesh, say: Say) -> None:
         _warm_up(one, settings.warmup, device)
     say(f"{settings.steps} steps of each, in turn")
     for turn in range(settings.steps):
-        for one in running[turn % len(running) :] + running[: turn % len(running)]:  # nobody is always behind the same one
+        for one in _in_turn(running, turn):
             _time(one, device)
+    say(f"{PROFILED} steps of each, in turn, under the profiler")
+    for turn in range(PROFILED):
+        for one in _in_turn(running, turn):
+            _profile(one, settings, device)
     for one in running:
-        say(f"{one.cell}: profiling a step")
-        _profile(one, settings, device)
+        _save(one, settings)
+
+
+def _in_turn(running: list[Running], turn: int) -> list[Running]:
+    """Nobody is always the first, or always behind the same one."""
+    first = turn % len(running)
+    return running[first:] + running[:first]
 
 
 def _build(settings: Settings, mesh: DeviceMesh, say: Say) -> list[Running]:
@@ -92,18 +105,19 @@ def _time(one: Running, device: torch.device) -> None:
 
 
 def _profile(one: Running, settings: Settings, device: torch.device) -> None:
-    captures = []
-    for _ in range(PROFILED):
-        capture = Capture(device, modules=one.cell.how != COMPILED, stacks=settings.stacks)
-        with capture:
-            one.step()
-        captures.append(capture)
-    capture = captures[_median_step([capture.seconds for capture in captures], device)]
-    capture.save(settings.folder(one.cell), capture.record(seconds=one.seconds, collectives=one.collectives))
-
-
-def _median_step(seconds: list[float], device: torch.device) -> int:
-    """Which of the steps took a medium time on its slowest rank. Collective."""
-    slowest = torch.tensor(seconds, dtype=torch.float64, device=device)
+    """One more step under the profiler, which is kept where it is the quickest so far, on its slowest rank."""
+    gc.collect()  # of what the profiler has left behind, which would be collected in the step
+    capture = Capture(device, modules=one.cell.how != COMPILED, stacks=settings.stacks)
+    with capture:
+        one.step()
+    slowest = torch.tensor(capture.seconds, dtype=torch.float64, device=device)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-    return int(slowest.argsort()[len(seconds) // 2])
+    if float(slowest) < one.quickest:
+        one.quickest, one.capture = float(slowest), capture
+
+
+def _save(one: Running, settings: Settings) -> None:
+    assert one.capture is not None
+    record = one.capture.record(seconds=one.seconds, collectives=one.collectives)
+    one.capture.save(settings.folder(one.cell), record)
+    one.capture = None

@@ -61,7 +61,7 @@ def breakdowns(result: Comparison) -> Table:
         grown = f"{max(rank.grown for rank in ranks) / 2**20:,.1f}"
         rows.append([str(one.cell), *map(ms, means), f"{ranks[0].calls}", sent, grown])
     text = (
-        "The one of medium duration among three steps under the profiler, which slows the host: compare the parts with each "
+        "The quickest of three steps under the profiler, which slows the host: compare the parts with each "
         f"other, and times with the table above. Means over the ranks. {meaning(result.device)} put in: by a rank into its "
         "collectives; grown: tensors' memory, at most, over that at the beginning."
     )
