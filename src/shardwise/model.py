@@ -7,20 +7,76 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from shardwise.errors import ShardwiseError, describe
 from shardwise.generation import same_random_state
+from shardwise.hf import AdaptersSeen, load_adapter, save_adapter
 from shardwise.layers import ParallelStyle
-from shardwise.parallelize import required_state
+from shardwise.parallelize import apply_adapters, required_state
+from shardwise.rendezvous import meet
 from shardwise.saving import save_pretrained
+from shardwise.state import cut_full_tensors, gather_adapters
 
 
 class ShardedModel(ParallelStyle):
     """Mixed in front of a transformers model's own class, whose name it keeps."""
 
     prefix = ""
+    _adapters: AdaptersSeen
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if "peft_config" in self.__dict__ and not torch.compiler.is_compiling():
+            self._settle_adapters()
+        return super().__call__(*args, **kwargs)
+
+    @property
+    def peft_config(self) -> dict[str, Any]:
+        """The configs of the model's adapters, by name.
+
+        PEFT sets it when it has put adapters into the model, which makes them parallel. Collective.
+        """
+        if "peft_config" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__} has no adapters")
+        found: dict[str, Any] = self.__dict__["peft_config"]
+        return found
+
+    @peft_config.setter
+    def peft_config(self, configs: dict[str, Any]) -> None:
+        self.__dict__["peft_config"] = configs
+        self.__dict__["_adapters"] = None
+        meet(required_state(self).ep, "adding an adapter")
+        self._settle_adapters()
+
+    @peft_config.deleter
+    def peft_config(self) -> None:
+        del self.__dict__["peft_config"], self.__dict__["_adapters"]
+
+    def _settle_adapters(self) -> None:
+        """Make the adapters parallel that PEFT has added since the last time."""
+        seen, configs = self.__dict__["_adapters"], self.__dict__["peft_config"]
+        if seen is None or not seen.holds(configs):
+            apply_adapters(self, configs)
+            self.__dict__["_adapters"] = AdaptersSeen(self, configs)
+
+    def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' `load_adapter`, of an adapter on disk or a state dict of full tensors. Collective."""
+        return load_adapter(self, *args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """This rank's shards by name. Where the model has adapters these, and the embeddings, come full, as PEFT saves them,
+        which is collective; with `keep_vars=True` everything is this rank's own.
+        """
+        named = super().state_dict(*args, **kwargs)
+        if "peft_config" in self.__dict__ and not kwargs.get("keep_vars"):
+            gather_adapters(self, named, kwargs.get("prefix", ""))
+        return named
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        cut_full_tensors(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
 
     @classmethod
     def for_model(cls, model: nn.Module) -> type[ShardedModel] | None:
@@ -66,5 +122,10 @@ class ShardedModel(ParallelStyle):
         return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """Write the ordinary checkpoint. Collective: every rank must call it. See `shardwise.saving.save_pretrained`."""
-        save_pretrained(self, save_directory, *args, **kwargs)
+        """Write the ordinary checkpoint, or, of a model with adapters of `add_adapter` or `load_adapter`, the adapter, as
+        transformers does. Collective: every rank must call it. See `shardwise.saving.save_pretrained`.
+        """
+        if "peft_config" in self.__dict__:
+            save_adapter(self, save_directory, *args, **kwargs)
+        else:
+            save_pretrained(self, save_directory, *args, **kwargs)

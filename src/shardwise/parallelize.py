@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from shardwise.adapters import adapter_plan, copied_layers, has_adapters, ordinary_name, unwrapped, whole_as_planned, wrappers
 from shardwise.errors import PlanError, ShardwiseError, describe
 from shardwise.layers import (
     ColwiseParallel,
@@ -49,6 +51,7 @@ class ModelState:
         ep: the ranks to which experts are dealt: the tp axis, or several neighbouring ones. A rank's model lies on all of them.
         overlap: the all-reduces of input gradients overlap with weight gradients.
         stream: what the modules of a sequence-parallel model share; None of another.
+        adapters: the table of the adapters that PEFT has put into the model, by their names there; None where it has none.
     """
 
     plan: Plan
@@ -56,6 +59,12 @@ class ModelState:
     ep: DeviceMesh
     overlap: bool = False
     stream: Stream | None = None
+    adapters: Plan | None = None
+
+    def row(self, name: str) -> ShardSpec | None:
+        """The row of the tensor that has `name` in the model as it is now, adapters included."""
+        own = self.adapters.get(name) if self.adapters is not None else None
+        return own or self.plan.get(name) or self.plan.get(ordinary_name(name))
 
     def axis_of(self, row: ShardSpec | ModuleSpec) -> DeviceMesh:
         """The mesh that `row` lies on."""
@@ -96,12 +105,61 @@ def remove_plan(model: nn.Module, read: ReadShard) -> None:
     """Give the ordinary model back, in place; `read` gives the full tensor of a row from this rank's shard (a collective)."""
     state = required_state(model)
     _replace_tensors(model, state.plan, read)
-    for row in state.plan.modules:
-        _restore_module(model.get_submodule(row.name))
-    if is_parallel(model):
-        _restore_module(model)
+    if state.adapters is not None:
+        _replace_tensors(model, _present(state.adapters, model), read)
+    for module in model.modules():
+        if is_parallel(module):
+            _restore_module(module)
     del model.__dict__[_STATE]
     model.__dict__.pop(_DDP_IGNORES, None)
+
+
+def apply_adapters(model: nn.Module, configs: Mapping[str, Any]) -> None:
+    """Turn the adapters that PEFT has put into a parallel `model` into this rank's part of them, in place; those that are so
+    already stay as they are. Collective: where the ranks' adapters differ, the first rank's are taken.
+
+    Args:
+        model: a parallel model.
+        configs: the adapters' configs, by name.
+
+    Raises `ShardwiseError` for an adapter that would be wrong on a parallel model.
+    """
+    state = required_state(model)
+    if not has_adapters(model):
+        model.__dict__[_STATE] = replace(state, adapters=None)
+        return
+    if state.stream is not None:
+        raise ShardwiseError("Adapters and sequence_parallel=True do not go together: leave sequence_parallel out.")
+    whole_as_planned(model, configs, state.plan)
+    table = adapter_plan(model, state.plan)
+    fresh = [row for row in table if not _is_settled(model, state, row)]
+    _replace_in_place(model, fresh, state)
+    on = replace(state, plan=table, overlap=False)
+    for row in table.modules:
+        module = model.get_submodule(row.name)
+        if not is_parallel(module):
+            base = unwrapped(model.get_submodule(row.name.rpartition(".lora_dropout.")[0])) if row.region else None
+            _parallelize_module(module, row, on, base.__dict__["_tp"].region if base is not None else None)
+    for original, copy in copied_layers(model) if not state.overlap else ():
+        copy.__dict__["_tp"].region = original.__dict__["_tp"].region  # or the copy would open it and not close it
+    model.__dict__[_STATE] = replace(state, adapters=table)
+
+
+def take_adapters_out(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Put the ordinary layers back in place of PEFT's around them; gives what `put_adapters_back` needs."""
+    found = []
+    for name, wrapper in list(wrappers(model)):
+        owner, _, child = name.rpartition(".")
+        parent = model.get_submodule(owner)
+        found.append((parent, child, wrapper))
+        setattr(parent, child, unwrapped(wrapper))
+    return found
+
+
+def put_adapters_back(found: list[tuple[nn.Module, str, nn.Module]]) -> None:
+    """Undo `take_adapters_out`."""
+    for parent, child, wrapper in found:
+        setattr(parent, child, wrapper)
 
 
 def state_of(model: nn.Module) -> ModelState | None:
@@ -145,7 +203,7 @@ def row_of(state: ModelState, name: str, tensor: Tensor) -> ShardSpec:
     Raises `ShardwiseError` for one that was added or replaced after the model became parallel: the table does not know it.
     """
     name = plain_name(name)
-    row = state.plan.get(name)
+    row = state.row(name)
     if row is not None and tuple(tensor.shape) == state.local_shape(row):
         return row
     raise ShardwiseError(
@@ -188,7 +246,7 @@ def refuse_parallel(model: nn.Module) -> None:
 
 
 def _replace_tensors(model: nn.Module, plan: Plan, read: ReadShard) -> None:
-    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    parameters, buffers = _by_row(model.named_parameters(), plan), _by_row(model.named_buffers(), plan)
     for row in plan.tensors:
         old = buffers[row.name] if row.buffer else parameters[row.name]
         with torch.no_grad():
@@ -200,7 +258,38 @@ def _replace_tensors(model: nn.Module, plan: Plan, read: ReadShard) -> None:
         for name in (row.name, *row.aliases):
             owner, _, child = name.rpartition(".")
             group = model.get_submodule(owner)
+            group = group if child in group._parameters or child in group._buffers else unwrapped(group)
             (group._buffers if row.buffer else group._parameters)[child] = new  # type: ignore[assignment]
+
+
+def _by_row(named: Iterable[tuple[str, Tensor]], plan: Plan) -> dict[str, Tensor]:
+    """Tensors by the names that they have in `plan`."""
+    return {name if name in plan else ordinary_name(name): tensor for name, tensor in named}
+
+
+def _present(plan: Plan, model: nn.Module) -> Plan:
+    """The rows of tensors that are there still: PEFT may have taken an adapter out since."""
+    names = {name for name, _ in model.named_parameters()}
+    return replace(plan, tensors=tuple(row for row in plan if row.name in names))
+
+
+def _is_settled(model: nn.Module, state: ModelState, row: ShardSpec) -> bool:
+    """Whether the adapter's tensor of `row` is this rank's part already: its module is parallel, or the table has it."""
+    module = model.get_submodule(row.name.rpartition(".")[0])
+    tensor = model.get_parameter(row.name)
+    known = state.adapters is not None and row.name in state.adapters
+    return is_parallel(module) or (known and tuple(tensor.shape) == state.local_shape(row))
+
+
+def _replace_in_place(model: nn.Module, rows: list[ShardSpec], state: ModelState) -> None:
+    """Cut new adapters, and keep the parameters' objects: an optimizer may have them already."""
+    rank, size = state.mesh.get_local_rank(), state.mesh.size()
+    for row in rows:
+        parameter = model.get_parameter(row.name)
+        if not parameter.is_meta:
+            dist.broadcast(parameter.data, group=state.mesh.get_group(), group_src=0)
+        if row.sharded:
+            parameter.data = row.layout.shard(parameter.data, rank, size)
 
 
 def _region(row: ModuleSpec, state: ModelState) -> Region:

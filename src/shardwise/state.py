@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from shardwise.mesh import local_device, point_to_point_device
-from shardwise.parallelize import ModelState, plain_name, row_of, state_of
+from shardwise.parallelize import ModelState, plain_name, required_state, row_of, state_of
 from shardwise.rendezvous import meet
 from shardwise.spec import ShardSpec
 
@@ -48,6 +49,37 @@ def full_gradients(model: nn.Module) -> dict[str, Tensor] | None:
     dist.all_reduce(has, group=state.ep.get_group())
     present = [(name, p) for (name, p), count in zip(named.items(), has.tolist(), strict=True) if count]
     return _gather_all(state, {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in present})
+
+
+def gather_adapters(model: nn.Module, named: MutableMapping[str, Tensor], prefix: str) -> None:
+    """Put the full tensors of the adapters, and of the embeddings, which PEFT may save beside them, into a state dict of the
+    parallel `model`, whose names there start with `prefix`. Collective.
+    """
+    state = required_state(model)
+    meet(state.ep, "state_dict")
+    outer = [m.get_base_layer() if hasattr(m, "get_base_layer") else m for m in _embeddings(model)]
+    kept = {id(tensor) for module in outer for tensor in module.parameters()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        row = state.row(name)
+        wanted = id(parameter) in kept or (state.adapters is not None and name in state.adapters)
+        cut = row is not None and row.sharded and tuple(parameter.shape) == state.local_shape(row)  # else it is full yet
+        if row is not None and wanted and cut and prefix + name in named:
+            named[prefix + name] = gather_full(row, parameter.detach(), state.axis_of(row))
+
+
+def cut_full_tensors(model: nn.Module, named: MutableMapping[str, Tensor], prefix: str) -> None:
+    """In a state dict that the parallel `model` is about to load, keep this rank's part of each full tensor."""
+    state = required_state(model)
+    for name in [key for key in named if key.startswith(prefix)]:
+        row = state.row(plain_name(name.removeprefix(prefix)))
+        if row is not None and row.sharded and isinstance(named[name], Tensor) and tuple(named[name].shape) == row.shape:
+            axis = state.axis_of(row)
+            named[name] = row.layout.shard(named[name], axis.get_local_rank(), axis.size())
+
+
+def _embeddings(model: nn.Module) -> list[nn.Module]:
+    getters = (getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings"))
+    return [module for getter in getters if getter is not None and (module := getter()) is not None]
 
 
 def gather_full(row: ShardSpec, local: Tensor, mesh: DeviceMesh) -> Tensor:

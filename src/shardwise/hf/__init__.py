@@ -7,9 +7,11 @@
 | `auto` | which class an Auto class stands for, generation config |
 | `load`, `checks` | a model made of lazy tensors, and whether the checkpoint fitted it |
 | `recording` | what is collected while a model runs |
+| `adapters` | loading and saving of PEFT's adapters |
 | `saving` | which tensors a checkpoint has, under which names |
 """
 
+from shardwise.hf.adapters import AdaptersSeen, load_adapter, save_adapter
 from shardwise.hf.auto import attach_generation_config, refuse_quantized, resolve_model_class
 from shardwise.hf.load import load_lazily
 from shardwise.hf.recording import hidden_states_are_recorded
@@ -17,6 +19,7 @@ from shardwise.hf.rules import base_prefixes, build_on_meta, check_head, has_exp
 from shardwise.hf.saving import checkpoint_tensors, description_files
 
 __all__ = [
+    "AdaptersSeen",
     "attach_generation_config",
     "base_prefixes",
     "build_on_meta",
@@ -25,8 +28,10 @@ __all__ = [
     "description_files",
     "has_expert_plan",
     "hidden_states_are_recorded",
+    "load_adapter",
     "load_lazily",
     "model_rules",
     "refuse_quantized",
     "resolve_model_class",
+    "save_adapter",
 ]

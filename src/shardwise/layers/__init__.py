@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
+from shardwise.layers.adapters import CommonDropout, LocalDropout, WholeEmbeddingAdapter
 from shardwise.layers.alibi import LocalHeadBias
 from shardwise.layers.base import (
     Axis,
@@ -31,7 +32,7 @@ from shardwise.layers.base import (
     original_class,
     parallel_class,
 )
-from shardwise.layers.embedding import EmbeddingColwise, EmbeddingRowwise
+from shardwise.layers.embedding import EmbeddingColwise, EmbeddingRowwise, EmbeddingStyle
 from shardwise.layers.experts import (
     EpAllToAllExperts,
     EpDispatchExperts,
@@ -114,9 +115,11 @@ __all__ = [
     "Axis",
     "ColwiseGatherOutput",
     "ColwiseParallel",
+    "CommonDropout",
     "Cut",
     "EmbeddingColwise",
     "EmbeddingRowwise",
+    "EmbeddingStyle",
     "EpAllToAllExperts",
     "EpDispatchExperts",
     "EpRouter",
@@ -127,6 +130,7 @@ __all__ = [
     "LinearStyle",
     "Local",
     "LocalConfig",
+    "LocalDropout",
     "LocalHeadBias",
     "LocalParamsParallel",
     "MlaKvAProjGatherOutput",
@@ -153,6 +157,7 @@ __all__ = [
     "SequenceWhole",
     "ShardState",
     "Stream",
+    "WholeEmbeddingAdapter",
     "is_parallel",
     "is_plain",
     "is_product",

@@ -16,11 +16,6 @@ class EmbeddingStyle(ParallelStyle):
     def refuses(cls, module: nn.Module) -> str | None:
         return None if isinstance(module, nn.Embedding) else f"{type(module).__name__} is not an embedding"
 
-    @classmethod
-    def local_attributes(cls, module: nn.Module, local: Local) -> dict[str, int | None]:
-        rows, columns = local.shape("weight")
-        return {"num_embeddings": rows, "embedding_dim": columns}
-
     def extra_repr(self) -> str:
         local, full = self._parameters["weight"], self._tp.layouts["weight"][1]
         assert local is not None
@@ -50,12 +45,12 @@ class EmbeddingRowwise(EmbeddingStyle):
 
     @classmethod
     def local_attributes(cls, module: nn.Module, local: Local) -> dict[str, int | None]:
-        own = super().local_attributes(module, local)
+        # `num_embeddings` stays the whole vocabulary's, as `in_features` of a linear layer does.
         pad = module.padding_idx
         if not isinstance(pad, int):
-            return own
+            return {}
         mine = pad - local.start("weight")
-        return own | {"padding_idx": mine if 0 <= mine < local.shape("weight")[0] else None}
+        return {"padding_idx": mine if 0 <= mine < local.shape("weight")[0] else None}
 
     def forward(self, input: Tensor) -> Tensor:
         ids, elsewhere = self._tp.own(input, "weight")

@@ -47,8 +47,10 @@ class LinearStyle(ParallelStyle):
 
     @classmethod
     def local_attributes(cls, module: nn.Module, local: Local) -> dict[str, int | None]:
+        # `in_features` and `out_features` stay the whole layer's: no forward reads them, and what is put around a layer by them
+        # (adapters) starts out as in one process. Conv1D's forward reads `nf`.
         rows, columns = local.shape("weight")
-        return {"nf": columns, "nx": rows} if stores_transposed(module) else {"in_features": columns, "out_features": rows}
+        return {"nf": columns, "nx": rows} if stores_transposed(module) else {}
 
     def extra_repr(self) -> str:
         local, full = self._parameters["weight"], self._tp.layouts["weight"][1]

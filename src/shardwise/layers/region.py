@@ -65,6 +65,19 @@ class Region:
             self._common.restore()
             self._common = None
 
+    @contextmanager
+    def common(self, device: torch.device, rank: int) -> Iterator[None]:
+        """The common random stream, in the middle of the region, which goes on with another one of `rank`'s own."""
+        if self._common is None:
+            yield
+            return
+        self._common.restore()
+        try:
+            yield
+        finally:
+            self._common = _RandomState(device)
+            self._common.diverge(rank)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Region:
         return Region(self._local_dropout, deepcopy(self._stream, memo))
 

@@ -1,0 +1,260 @@
+"""PEFT's adapters on a parallel model: the numbers, the files and the tokens of one process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import torch.distributed as dist
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+import shardwise
+from figures import gradient_error, gradients
+from models import batches, checkpoint
+from on_ranks import load, world
+from shardwise.errors import MissingRankError, ShardwiseError
+
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+EVERYTHING = [*LINEARS, "embed_tokens", "lm_head"]
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated",  # PEFT asks by the old name
+    "ignore:Setting `save_embedding_layers`",
+    "ignore:Model has `tie_word_embeddings=True`",
+    "ignore:Could not find a config file",
+    "ignore:.*LoRA tensor.* have invalid shape",  # lora_bias has one dim
+)
+
+
+def lora(**changes: object) -> LoraConfig:
+    """A config whose numbers are those of no other dimension."""
+    return LoraConfig(**{"r": 3, "lora_alpha": 5, "target_modules": LINEARS, "task_type": "CAUSAL_LM", **changes})
+
+
+def adapter(path: Path, folder: Path, seed: int = 5, **changes: object) -> Path:
+    """A directory with a trained-looking adapter (B is not zero) for the checkpoint at `path`."""
+    torch.manual_seed(seed)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), lora(**changes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder)
+    return folder
+
+
+@dataclass
+class Found:
+    """What a model with an adapter gives; gradients of the adapter, accumulated over one, two and three micro-batches."""
+
+    logits: Tensor
+    losses: list[float] = field(default_factory=list)
+    gradients: list[dict[str, Tensor] | None] = field(default_factory=list)
+    norm: float = 0.0
+    tokens: Tensor | None = None
+    merged: Tensor | None = None
+    stepped: Tensor | None = None
+
+
+def measure(model: PeftModel) -> Found:
+    """Everything that is compared; the model is merged in the end."""
+    inner, batch = model.get_base_model(), batches()[0]
+    found = Found(_logits(model.eval()))
+    model.train()
+    for micro in batches():
+        loss = micro.loss(model)
+        loss.backward()
+        found.losses.append(loss.item())
+        found.gradients.append(gradients(inner))
+    found.norm = shardwise.clip_grad_norm_(model, 1e3).item()
+    found.tokens = model.eval().generate(input_ids=batch.input_ids, max_new_tokens=6, do_sample=False)
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01).step()
+    found.stepped = _logits(model)
+    found.merged = _logits(model.merge_and_unload())
+    return found
+
+
+def _logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=batches()[0].input_ids).logits
+
+
+def plain(path: Path, folder: Path) -> PeftModel:
+    """In this process."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    return PeftModel.from_pretrained(model, folder, is_trainable=True)
+
+
+def measure_sharded(path: Path, folder: Path, **keywords: object) -> Found:
+    """On a rank."""
+    return measure(PeftModel.from_pretrained(load(path, **keywords), folder, is_trainable=True))
+
+
+def compare(ranks: list[Found], expected: Found) -> None:
+    """Float32 noise of sums of some hundred terms; a part that is missing or doubled is the size of the value itself."""
+    for found in ranks:
+        torch.testing.assert_close(found.logits, expected.logits, atol=2e-4, rtol=1e-4)
+        torch.testing.assert_close(found.stepped, expected.stepped, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(found.merged, expected.merged, atol=1e-3, rtol=1e-3)
+        assert found.losses == pytest.approx(expected.losses, rel=1e-5)
+        assert found.norm == pytest.approx(expected.norm, rel=1e-4)
+        assert torch.equal(found.tokens, expected.tokens)
+    assert all(expected.gradients)
+    for found, wanted in zip(ranks[0].gradients, expected.gradients, strict=True):
+        assert gradient_error(found, wanted) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("llama", {"target_modules": EVERYTHING}),
+        ("qwen2", {"use_rslora": True, "lora_bias": True, "target_modules": ["q_proj", "v_proj"]}),
+        ("gemma2", {"modules_to_save": ["o_proj"], "target_modules": ["q_proj", "k_proj", "down_proj"]}),
+        ("phi3", {"target_modules": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]}),
+        ("deepseek_v3", {"target_modules": ["q_a_proj", "q_b_proj", "kv_b_proj", "o_proj"]}),
+    ],
+)
+def test_adapter_of_two_ranks_is_that_of_one_process(pool2, tmp_path_factory, name, changes):
+    """Guards: an A behind a column-wise layer whose gradient is a part, a B as long as the whole layer, a row-wise A whose
+    product is not summed or summed twice, in logits, gradients, clipping, tokens and merging.
+    """
+    path = checkpoint(tmp_path_factory, name)
+    folder = adapter(path, tmp_path_factory.mktemp(f"adapter-{name}"), **changes)
+    compare(pool2.run(measure_sharded, path, folder), measure(plain(path, folder)))
+
+
+def test_adapter_of_four_ranks_that_share_kv_heads(pool4, tmp_path_factory):
+    """Guards: B of a shared KV head, whose gradient each of its ranks has a part of, and of which only one may count in the
+    norm.
+    """
+    path = checkpoint(tmp_path_factory, "llama")
+    folder = adapter(path, tmp_path_factory.mktemp("adapter"))
+    compare(pool4.run(measure_sharded, path, folder), measure(plain(path, folder)))
+
+
+# --- files ---
+
+
+def save(path: Path, folder: Path, out: Path) -> None:
+    """On a rank: the adapter goes through the ranks, and is saved by PEFT and by transformers."""
+    model = PeftModel.from_pretrained(load(path), folder, is_trainable=True)
+    model.save_pretrained(out / "peft", is_main_process=dist.get_rank() == 0)
+    inner = load(path)
+    inner.load_adapter(folder)
+    inner.save_pretrained(out / "transformers")
+    fresh = load(path)
+    fresh.add_adapter(lora())
+    fresh.save_pretrained(out / "fresh")
+
+
+def test_saved_adapter_is_the_ordinary_one(pool2, tmp_path_factory):
+    """Guards: a file with one rank's part, or with the parts in another order. Bit for bit: nothing is computed."""
+    path, out = checkpoint(tmp_path_factory, "llama"), tmp_path_factory.mktemp("saved")
+    folder = adapter(path, out / "trained", target_modules=EVERYTHING)
+    pool2.run(save, path, folder, out)
+    wanted = load_file(folder / "adapter_model.safetensors")
+    for name in ("peft", "transformers"):
+        found = load_file(out / name / "adapter_model.safetensors")
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[key], wanted[key]) for key in wanted), name
+        assert (out / name / "adapter_config.json").exists()
+    shapes = {key: tensor.shape for key, tensor in load_file(out / "fresh/adapter_model.safetensors").items()}
+    assert shapes == {key: tensor.shape for key, tensor in wanted.items() if "embed_tokens" not in key and "lm_head" not in key}
+
+
+def save_on_one_rank(path: Path, folder: Path) -> str:
+    """On a rank: only the first one saves."""
+    model = get_peft_model(load(path), lora())
+    if dist.get_rank():
+        return ""
+    with pytest.raises(MissingRankError) as error:
+        model.save_pretrained(folder)
+    return str(error.value)
+
+
+def test_saving_on_one_rank_raises(pool2, tmp_path_factory):
+    """Guards: a save on the first rank only that waits for the others for ever."""
+    message = pool2.run(save_on_one_rank, checkpoint(tmp_path_factory, "llama"), tmp_path_factory.mktemp("one"))[0]
+    assert "rank 1 had not called it" in message
+
+
+# --- ways in ---
+
+
+def ways_in(path: Path, folder: Path) -> list[tuple[Tensor, dict[str, Tensor] | None]]:
+    """On a rank: logits and gradients with the same adapter, put in by every way there is."""
+
+    def by_parallelize(inside: bool) -> nn.Module:
+        model = plain(path, folder)
+        shardwise.parallelize(model.get_base_model() if inside else model, world("tp"))
+        return model
+
+    def by_transformers() -> nn.Module:
+        model = load(path)
+        model.load_adapter(folder, is_trainable=True)
+        return model
+
+    def by_second() -> nn.Module:
+        model = get_peft_model(load(path), lora(target_modules=["q_proj", "down_proj"]), "other")
+        model.load_adapter(folder, "default", is_trainable=True)  # on layers that have an adapter, and on others
+        model.set_adapter("default")
+        return model
+
+    def by_meta() -> nn.Module:
+        return PeftModel.from_pretrained(load(path), folder, is_trainable=True, low_cpu_mem_usage=True)
+
+    found = []
+    for way in (lambda: by_parallelize(False), lambda: by_parallelize(True), by_transformers, by_second, by_meta):
+        model = way().train()
+        inner = model.get_base_model() if isinstance(model, PeftModel) else model
+        batches()[1].loss(model).backward()
+        found.append((_logits(model), gradients(inner)))
+    return found
+
+
+def test_every_way_to_add_an_adapter(pool2, tmp_path_factory):
+    """Guards: an adapter that one of the ways leaves as it was: second ones, ones that were there before the model became
+    parallel, ones of transformers' own methods.
+    """
+    path = checkpoint(tmp_path_factory, "llama")
+    folder = adapter(path, tmp_path_factory.mktemp("adapter"))
+    reference = plain(path, folder)
+    batches()[1].loss(reference).backward()
+    wanted, logits = gradients(reference.get_base_model()), _logits(reference)
+    for found, grads in pool2.run(ways_in, path, folder)[0]:
+        torch.testing.assert_close(found, logits, atol=2e-4, rtol=1e-4)
+        assert gradient_error({name: grad for name, grad in grads.items() if ".other." not in name}, wanted) < 1e-3
+
+
+def fresh_adapters(path: Path, seed: int) -> tuple[dict[str, Tensor] | None, str]:
+    """On a rank, whose seed is another one than the first rank's."""
+    inner = load(path)
+    torch.manual_seed(seed + dist.get_rank())
+    get_peft_model(inner, lora())
+    text = repr(inner.model.layers[0].self_attn.o_proj)
+    full = shardwise.full_state_dict(inner)
+    shardwise.unparallelize(inner)
+    if full is not None:
+        assert all(torch.equal(full[name], tensor) for name, tensor in inner.state_dict().items())
+    return full, text
+
+
+def test_new_adapter_is_that_of_one_process(pool2, tmp_path_factory):
+    """Guards: a row-wise A drawn at its local width (of another variance than the layer's), the same for every rank; and
+    replicas that start out different.
+    """
+    path = checkpoint(tmp_path_factory, "llama")
+    reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    torch.manual_seed(3)
+    get_peft_model(reference, lora())
+    full, text = pool2.run(fresh_adapters, path, 3)[0]
+    assert full.keys() == reference.state_dict().keys()
+    # a row-wise A is not sent: each rank keeps its part of what it drew
+    same = [name for name, tensor in reference.state_dict().items() if torch.equal(full[name], tensor)]
+    assert len(same) == len(full)
+    assert "(default): RowwiseLinear(in_features=32 of 64, out_features=3, bias=False, tp=2)" in text
