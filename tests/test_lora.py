@@ -12,7 +12,7 @@ import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import shardwise
 from figures import gradient_error, gradients
@@ -258,3 +258,120 @@ def test_new_adapter_is_that_of_one_process(pool2, tmp_path_factory):
     same = [name for name, tensor in reference.state_dict().items() if torch.equal(full[name], tensor)]
     assert len(same) == len(full)
     assert "(default): RowwiseLinear(in_features=32 of 64, out_features=3, bias=False, tp=2)" in text
+
+
+# --- what is refused ---
+
+
+def refusals(path: Path) -> dict[str, str]:
+    """On a rank: what each of these says."""
+    tries = {
+        "pissa": lora(init_lora_weights="pissa"),
+        "bias": lora(bias="all"),
+        "ia3": peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+        "parameters": lora(target_modules=[], target_parameters=["self_attn.q_proj.weight"]),
+        "tokens": lora(trainable_token_indices=[1, 2]),
+    }
+    found = {}
+    for name, config in tries.items():
+        model = load(path)
+        with pytest.raises(ShardwiseError) as error:
+            get_peft_model(model, config)
+        found[name] = str(error.value)
+        with pytest.raises(ShardwiseError):  # also for who goes on all the same
+            model(input_ids=batches()[0].input_ids)
+    with pytest.raises(RuntimeError, match="size of tensor"):  # PEFT's own, about a norm that needs the whole weight
+        get_peft_model(load(path), lora(use_dora=True))
+    model = load(path, sequence_parallel=True)
+    with pytest.raises(ShardwiseError) as error:
+        get_peft_model(model, lora())
+    return found | {"sequence": str(error.value)}
+
+
+def test_adapters_that_would_be_wrong_are_refused(pool2, tmp_path_factory):
+    """Guards: norms, decompositions and element-wise factors of one rank's part of a weight, which have the right shapes."""
+    found = pool2.run(refusals, checkpoint(tmp_path_factory, "llama"))[0]
+    for name, words in {
+        "pissa": "init_lora_weights='pissa'",
+        "bias": "bias='all'",
+        "ia3": "type IA3, not LORA",
+        "parameters": "ParamWrapper is no plain LoRA layer",
+        "tokens": "trainable_token_indices",
+        "sequence": "sequence_parallel",
+    }.items():
+        assert words in found[name]
+
+
+# --- in company ---
+
+
+def company(path: Path, folder: Path) -> list[dict[str, Tensor] | None]:
+    """On a rank: gradients under activation checkpointing, under torch.compile, with overlap, and in GPT-2's Conv1D."""
+
+    def checkpointing() -> PeftModel:
+        model = PeftModel.from_pretrained(load(path), folder, is_trainable=True)
+        model.gradient_checkpointing_enable()
+        return model
+
+    def compiled() -> PeftModel:
+        model = PeftModel.from_pretrained(load(path), folder, is_trainable=True)
+        model.get_base_model().model.compile(fullgraph=True, backend="aot_eager")
+        return model
+
+    def overlapped() -> PeftModel:
+        return PeftModel.from_pretrained(load(path, overlap=True), folder, is_trainable=True)
+
+    found = []
+    for make in (checkpointing, compiled, overlapped):
+        model = make().train()
+        batches()[1].loss(model).backward()
+        found.append(gradients(model.get_base_model()))
+    return found
+
+
+def test_adapters_in_company(pool2, tmp_path_factory):
+    """Guards: a recomputed or compiled forward that goes another way than the eager one."""
+    path = checkpoint(tmp_path_factory, "llama")
+    folder = adapter(path, tmp_path_factory.mktemp("adapter"))
+    reference = plain(path, folder).train()
+    batches()[1].loss(reference).backward()
+    wanted = gradients(reference.get_base_model())
+    for found in pool2.run(company, path, folder)[0]:
+        assert gradient_error(found, wanted) < 1e-3
+
+
+GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 127, "n_positions": 48}
+GPT2 |= {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "bos_token_id": 1, "eos_token_id": None}
+
+
+def test_adapter_of_conv1d(pool2, tmp_path_factory):
+    """Guards: an adapter around a layer that keeps its weight transposed, of which PEFT reads the local width."""
+    path = tmp_path_factory.mktemp("gpt2")
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(**GPT2)).save_pretrained(path)
+    changes = {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}
+    folder = adapter(path, tmp_path_factory.mktemp("adapter"), **changes)
+    compare(pool2.run(measure_sharded, path, folder), measure(plain(path, folder)))
+
+
+def masks(path: Path) -> tuple[list[Tensor], list[Tensor]]:
+    """On a rank, in training with dropout in attention: which elements the adapters of q and of o drop out."""
+    inner = load(path, attention_dropout=0.5)
+    model = get_peft_model(inner, lora(lora_dropout=0.5, target_modules=["q_proj", "v_proj", "o_proj"])).train()
+    found: dict[str, list[Tensor]] = {"v_proj": [], "o_proj": []}
+    for name, module in model.named_modules():
+        if name.endswith("lora_dropout.default") and (kind := name.split(".")[-3]) in found:
+            module.register_forward_hook(lambda _, __, output, kind=kind: found[kind].append(output == 0))
+    model(input_ids=batches()[0].input_ids)
+    return found["v_proj"], found["o_proj"]
+
+
+def test_dropout_of_adapters(pool2, tmp_path_factory):
+    """Guards: masks of replicated inputs that differ between ranks (inside of attention, whose random stream is a rank's own),
+    and masks of local features that are alike.
+    """
+    (whole, local), (whole_1, local_1) = pool2.run(masks, checkpoint(tmp_path_factory, "llama"))
+    assert len(whole) == len(local) == 2
+    assert all(torch.equal(a, b) for a, b in zip(whole, whole_1, strict=True))
+    assert all(0.3 < mask.float().mean() < 0.7 for mask in (*whole, *local))
+    assert all((a == b).float().mean() < 0.7 for a, b in zip(local, local_1, strict=True))

@@ -24,6 +24,8 @@ from shardwise.training import clip_grad_norm_
 if TYPE_CHECKING:
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    from shardwise.trainer import Trainer, TrainerMixin
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -39,6 +41,8 @@ __all__ = [
     "Plan",
     "PlanError",
     "ShardwiseError",
+    "Trainer",
+    "TrainerMixin",
     "break_on",
     "clip_grad_norm_",
     "full_gradients",
@@ -54,6 +58,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in ("Trainer", "TrainerMixin"):  # imported when asked for: it needs accelerate, and takes a while
+        from shardwise import trainer
+
+        return getattr(trainer, name)
     found = auto_class(name)
     if found is None:
         raise AttributeError(f"module 'shardwise' has no attribute {name!r}")

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from shardwise.errors import ShardwiseError, describe
 from shardwise.layers import (
@@ -50,6 +51,26 @@ _WRAPPED = ("base_layer", "original_module")
 def has_adapters(model: nn.Module) -> bool:
     """Whether PEFT has put anything into `model`."""
     return next(wrappers(model), None) is not None
+
+
+def adapted_model(model: nn.Module) -> nn.Module:
+    """The model inside of a `PeftModel`; any other is returned as it is.
+
+    Raises `ShardwiseError` where PEFT has put something into it that does not become parallel afterwards.
+    """
+    inner: nn.Module = model.get_base_model() if callable(getattr(model, "get_base_model", None)) else model  # type: ignore[operator]
+    for name, wrapper in wrappers(inner):
+        if _kind(wrapper) != "lora" or not isinstance(inner, PreTrainedModel):
+            raise ShardwiseError(
+                describe(
+                    f"{name}: a model with {type(wrapper).__name__} in it cannot become parallel.",
+                    either=[
+                        "make the ordinary transformers model parallel, and add the adapter then, or",
+                        "plain LoRA on linear layers and embeddings",
+                    ],
+                )
+            )
+    return inner
 
 
 def ordinary_name(name: str) -> str:

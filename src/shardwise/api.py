@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from shardwise.adapters import adapted_model
 from shardwise.coverage import check_coverage
 from shardwise.errors import PlanError, describe
 from shardwise.generation import same_random_state
@@ -23,7 +24,15 @@ from shardwise.layers import ColwiseParallel, Stream
 from shardwise.layers.registry import style_named
 from shardwise.mesh import expert_axis, local_device, tp_mesh
 from shardwise.model import ShardedModel
-from shardwise.parallelize import ModelState, apply_plan, refuse_parallel, remove_plan, state_of
+from shardwise.parallelize import (
+    ModelState,
+    apply_plan,
+    put_adapters_back,
+    refuse_parallel,
+    remove_plan,
+    state_of,
+    take_adapters_out,
+)
 from shardwise.plan import Plan
 from shardwise.rendezvous import START_TIMEOUT, meet
 from shardwise.replicas import check_same_weights
@@ -83,6 +92,7 @@ def parallelize(
 
     Args:
         model: the same on every rank, weights included (checked: a `MismatchError` names the first parameter that differs).
+            Adapters that PEFT has put into it become parallel too; where they differ, the first rank's are taken.
         mesh: the tp axis (a one-dimensional mesh, or one with an axis named "tp"); by default all processes that torchrun
             started.
         plan: as in `shardwise.plan`.
@@ -104,18 +114,25 @@ def parallelize(
     if axis is None or max(axis.size(), ep_size or 1) == 1:
         return model
     refuse_parallel(model)
-    table = make_plan(model, axis.size(), plan, ep_size=ep_size)
-    state = model_state(model, table, axis, expert_axis(axis, table.ep_size), overlap, sequence_parallel)
-    meet(state.ep, "parallelize", START_TIMEOUT)
-    check_same_weights(model, state.ep)
-    device = local_device(axis)
+    inner = adapted_model(model)
+    adapters = take_adapters_out(inner)
+    try:
+        table = make_plan(inner, axis.size(), plan, ep_size=ep_size)
+        state = model_state(inner, table, axis, expert_axis(axis, table.ep_size), overlap, sequence_parallel)
+        meet(state.ep, "parallelize", START_TIMEOUT)
+        check_same_weights(inner, state.ep)
+        device = local_device(axis)
 
-    def shard(row: ShardSpec, tensor: Tensor) -> Tensor:
-        on = state.axis_of(row)
-        local = row.layout.shard(tensor, on.get_local_rank(), on.size()) if row.sharded else tensor
-        return local if local.is_meta else local.to(device)
+        def shard(row: ShardSpec, tensor: Tensor) -> Tensor:
+            on = state.axis_of(row)
+            local = row.layout.shard(tensor, on.get_local_rank(), on.size()) if row.sharded else tensor
+            return local if local.is_meta else local.to(device)
 
-    apply_plan(model, state, shard, ShardedModel.for_model(model))
+        apply_plan(inner, state, shard, ShardedModel.for_model(inner))
+    finally:
+        put_adapters_back(adapters)
+    if adapters:
+        inner.peft_config = inner.peft_config  # what PEFT does when it has added adapters
     same_random_state(axis)
     return model
 

@@ -4,6 +4,7 @@ read.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from shardwise.checkpoint import find_checkpoint, fingerprint, open_checkpoint
 from shardwise.errors import MismatchError, PlanError, ShardwiseError, describe
 from shardwise.generation import same_random_state
 from shardwise.hf import attach_generation_config, load_lazily, resolve_model_class
+from shardwise.layers import original_class
 from shardwise.lazy import LazyTensor, read_into
 from shardwise.mesh import expert_axis, local_device, tp_mesh
 from shardwise.model import ShardedModel
@@ -234,6 +236,24 @@ def _reader(state: ModelState) -> Callable[[ShardSpec, Tensor], Tensor]:
         return local
 
     return read
+
+
+def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Read this rank's shards of the checkpoint at `path` into a parallel transformers `model`, whose own it is. No collective.
+
+    Raises `CheckpointError` for a checkpoint that does not fit.
+    """
+    state = required_state(model)
+    files = find_checkpoint(os.fspath(path))
+    tensors = open_checkpoint(files.files, files.index)
+    lazily = load_lazily(original_class(model), copy.deepcopy(model.config), tensors, dtype=model.dtype)  # type: ignore[arg-type]
+    sources = dict((*lazily.named_parameters(remove_duplicate=False), *lazily.named_buffers()))
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        row = state.row(name)
+        if row is not None and isinstance(source := sources[row.name], LazyTensor):
+            axis = state.axis_of(row)
+            with torch.no_grad():
+                tensor.copy_(read_shard(row, source, axis.get_local_rank(), axis.size()))
 
 
 def read_shard(row: ShardSpec, tensor: Tensor, rank: int, size: int) -> Tensor:

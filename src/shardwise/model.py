@@ -5,6 +5,7 @@ rank.
 from __future__ import annotations
 
 import os
+from math import prod
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ class ShardedModel(ParallelStyle):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         cut_full_tensors(self, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @classmethod
     def for_model(cls, model: nn.Module) -> type[ShardedModel] | None:
@@ -84,21 +85,36 @@ class ShardedModel(ParallelStyle):
         return cls if isinstance(model, PreTrainedModel) else None
 
     @property
-    def tp_size(self) -> int:
+    def tp_size(self) -> None:
         """What transformers' Trainer asks before it sets up data parallelism.
 
-        Raises `ShardwiseError`: it would deal different batches to the ranks of one model, clip each by the norm of its own
-        shards, and save on one rank only.
+        Raises `ShardwiseError` for every Trainer but ours: it would deal different batches to the ranks of one model, clip each
+        by the norm of its own shards, and save on one rank only.
         """
+        if "_trainer" in self.__dict__:
+            return
         raise ShardwiseError(
             describe(
-                "transformers.Trainer cannot train a parallel model yet: it would clip each rank by its own shards' norm.",
+                "transformers.Trainer cannot train a parallel model: it would clip each rank by its own shards' norm.",
                 either=[
-                    "train in a loop of your own: loss.backward(), shardwise.clip_grad_norm_(model, 1.0), optimizer.step(), or",
-                    "shardwise.unparallelize(model) first",
+                    "shardwise.Trainer, which takes the same arguments (class My(shardwise.TrainerMixin, SFTTrainer) for"
+                    " subclasses of transformers' Trainer), or",
+                    "a loop of your own: loss.backward(), shardwise.clip_grad_norm_(model, 1.0), optimizer.step()",
                 ],
             )
         )
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """How many the whole model has, as transformers counts them."""
+        state = required_state(self)
+        embeddings = {f"{name}.weight" for name, module in self.named_modules() if isinstance(module, nn.Embedding)}
+        total = 0
+        for name, parameter in self.named_parameters():
+            if (exclude_embeddings and name in embeddings) or (only_trainable and not parameter.requires_grad):
+                continue
+            row = state.row(name)
+            total += parameter.numel() if row is None else prod(row.shape)
+        return total
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """Raises `ShardwiseError`: the table says how long the vocabulary is, and each rank holds a part of it."""

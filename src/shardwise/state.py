@@ -57,8 +57,7 @@ def gather_adapters(model: nn.Module, named: MutableMapping[str, Tensor], prefix
     """
     state = required_state(model)
     meet(state.ep, "state_dict")
-    outer = [m.get_base_layer() if hasattr(m, "get_base_layer") else m for m in _embeddings(model)]
-    kept = {id(tensor) for module in outer for tensor in module.parameters()}
+    kept = {id(tensor) for module in _embeddings(model) for tensor in module.parameters()}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         row = state.row(name)
         wanted = id(parameter) in kept or (state.adapters is not None and name in state.adapters)

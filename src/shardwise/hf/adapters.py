@@ -75,7 +75,7 @@ def load_adapter(
     _refuse_keywords(keywords)
     if getattr(model, "_hf_peft_config_loaded", False) and name in model.peft_config:
         raise ValueError(f"Adapter with name {name} already exists. Please use a different name.")
-    config = peft_config or PeftConfig.from_pretrained(peft_model_id, **keywords)
+    config = peft_config or PeftConfig.from_pretrained(os.fspath(peft_model_id or ""), **keywords)
     weights = adapter_state_dict
     if weights is None:
         weights = load_peft_weights(os.fspath(peft_model_id or ""), device="cpu", **keywords)
