@@ -44,7 +44,7 @@ class Texts(Dataset):
         return {"input_ids": self.ids[index], "labels": self.labels[index]}
 
 
-TRAIN, EVAL = Texts(21, 0), Texts(7, 1)  # neither is a multiple of any batch size
+ODD = 7  # samples, no multiple of any batch size
 
 
 @dataclass
@@ -86,18 +86,27 @@ def accuracy(found: Any) -> dict[str, float]:
     return {"hits": float((logits.argmax(-1) == labels).sum()), "rows": float(len(labels))}
 
 
-def run(kind: type, model: Any, folder: Path, batch: int, resume: str | None = None, **changes: Any) -> Run:
+def run(
+    kind: type,
+    model: Any,
+    folder: Path,
+    batch: int,
+    samples: int = 3 * ODD,
+    evaluated: int = ODD,
+    resume: str | None = None,
+    **changes: Any,
+) -> Run:
     """Train, evaluate and predict."""
     trainer = kind(
         model=model,
         args=arguments(folder, batch, **changes),
-        train_dataset=TRAIN,
-        eval_dataset=EVAL,
+        train_dataset=Texts(samples, 0),
+        eval_dataset=Texts(evaluated, 1),
         compute_metrics=accuracy,
     )
     trainer.train(resume_from_checkpoint=resume)
     metrics = trainer.evaluate()
-    predicted = trainer.predict(EVAL).predictions
+    predicted = trainer.predict(Texts(ODD, 1)).predictions
     trainer.save_model(folder / "final")
     return Run(trainer.state.log_history, metrics, torch.as_tensor(predicted))
 
@@ -153,7 +162,8 @@ def compare(found: Run, expected: Run) -> None:
 
 def same_files(found: Path, expected: Path) -> None:
     """Checkpoints with the same tensors, within the noise of the steps."""
-    assert sorted(path.name for path in expected.iterdir()) == sorted(path.name for path in found.iterdir())
+    mine, wanted = ({file.name for file in folder.iterdir() if "rng" not in file.name} for folder in (found, expected))
+    assert mine == wanted  # there is a random state of each process
     for file in expected.glob("*.safetensors"):
         mine, wanted = load_file(found / file.name), load_file(file)
         assert mine.keys() == wanted.keys()
@@ -162,14 +172,14 @@ def same_files(found: Path, expected: Path) -> None:
 
 
 @pytest.mark.parametrize("adapters", [False, True], ids=["whole", "lora"])
-@pytest.mark.parametrize("name", ["llama"])
-def test_two_ranks_train_as_one_process(pool2, tmp_path_factory, tmp_path, name, adapters):
+def test_two_ranks_train_as_one_process(pool2, tmp_path_factory, tmp_path, adapters):
     """Guards: batches dealt to the ranks of one model, a loss divided by the number of processes, a norm of a rank's own,
     metrics that count every sample twice, and saves on one rank.
     """
-    path = checkpoint(tmp_path_factory, name)
-    expected = run_plain(path, tmp_path / "plain", 4, adapters, gradient_accumulation_steps=2)
-    for found in pool2.run(run_sharded, path, tmp_path / "ranks", 4, 2, adapters, gradient_accumulation_steps=2):
+    path = checkpoint(tmp_path_factory, "llama")
+    more = {"gradient_accumulation_steps": 2, "load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
+    expected = run_plain(path, tmp_path / "plain", 4, adapters, **more)
+    for found in pool2.run(run_sharded, path, tmp_path / "ranks", 4, 2, adapters, **more):
         compare(found, expected)
     same_files(tmp_path / "ranks/final", tmp_path / "plain/final")
 
@@ -177,7 +187,77 @@ def test_two_ranks_train_as_one_process(pool2, tmp_path_factory, tmp_path, name,
 def test_four_ranks_as_two_replicas_train_as_one_process(pool4, tmp_path_factory, tmp_path):
     """Guards: gradients summed over the replicas, or averaged over the shards; replicas that drift apart."""
     path = checkpoint(tmp_path_factory, "llama")
-    expected = run_plain(path, tmp_path / "plain", 4)
-    for found in pool4.run(run_sharded, path, tmp_path / "ranks", 2, 2):
+    # Where a last batch is not full, data parallelism fills it with samples of the first one: it counts other tokens.
+    alike = {"samples": 20, "evaluated": 8}
+    expected = run_plain(path, tmp_path / "plain", 4, **alike)
+    for found in pool4.run(run_sharded, path, tmp_path / "ranks", 2, 2, **alike):
         compare(found, expected)
     same_files(tmp_path / "ranks/final", tmp_path / "plain/final")
+
+
+def resumed(path: Path, folder: Path, adapters: bool) -> list[Run]:
+    """On a rank: on from the checkpoint in the middle of this run, and from that of the run in one process."""
+    middle = [folder / "checkpoint-6", folder / "plain/checkpoint-6"]
+    return [run_sharded(path, folder / "again", 4, 2, adapters, resume=str(one)) for one in middle]
+
+
+@pytest.mark.parametrize("adapters", [False, True], ids=["whole", "lora"])
+def test_resumed_run_goes_on_as_it_would_have(pool2, tmp_path_factory, tmp_path, adapters):
+    """Guards: an optimizer state of one rank's shards, or weights that are not read again; the checkpoints of one process and
+    of several ranks are the same, so either goes on from the other's.
+    """
+    path = checkpoint(tmp_path_factory, "llama")
+    pool2.run(run_sharded, path, tmp_path, 4, 2, adapters)
+    run_plain(path, tmp_path / "plain", 4, adapters)
+    same_files(tmp_path / "checkpoint-6", tmp_path / "plain/checkpoint-6")
+    expected = run_plain(path, tmp_path / "again", 4, adapters, resume=str(tmp_path / "plain/checkpoint-6"))
+    for runs in pool2.run(resumed, path, tmp_path, adapters):
+        for found in runs:
+            compare(found, expected)
+    folders = (tmp_path / "checkpoint-6", tmp_path / "plain/checkpoint-6")
+    ranks, plain = (torch.load(folder / "optimizer.pt") for folder in folders)
+    assert ranks["state"].keys() == plain["state"].keys()
+    for index, kept in plain["state"].items():
+        for key, value in kept.items():
+            torch.testing.assert_close(ranks["state"][index][key], value, atol=1e-4, rtol=1e-3)
+
+
+def refused(path: Path, folder: Path) -> dict[str, str]:
+    """On a rank: what each of these says."""
+    model, found = load(path), {}
+
+    def attempt(name: str, kind: type, **changes: Any) -> None:
+        with pytest.raises((ShardwiseError, MismatchError)) as error:
+            run(kind, model, folder, 4, **changes)
+        found[name] = str(error.value)
+
+    attempt("transformers", transformers.Trainer)
+    attempt("adafactor", shardwise.Trainer, optim="adafactor")
+    attempt("size", shardwise.Trainer, auto_find_batch_size=True)
+    attempt("transformers afterwards", transformers.Trainer)
+    trainer = shardwise.Trainer(
+        model=model, args=arguments(folder, 4, eval_strategy="no"), train_dataset=Texts(8, dist.get_rank())
+    )
+    with pytest.raises(MismatchError) as error:
+        trainer.train()
+    return found | {"data": str(error.value)}
+
+
+def test_what_would_give_other_numbers_is_refused(pool2, tmp_path_factory, tmp_path):
+    """Guards: transformers' own Trainer on a parallel model, optimizers with statistics over whole matrices, and a dataset that
+    is another one on every rank.
+    """
+    found = pool2.run(refused, checkpoint(tmp_path_factory, "llama"), tmp_path)[0]
+    assert "shardwise.Trainer, which takes the same arguments" in found["transformers"]
+    assert found["transformers afterwards"] == found["transformers"]
+    assert "optim='adafactor'" in found["adafactor"]
+    assert "auto_find_batch_size" in found["size"]
+    assert "rank 1 was given another batch than rank 0" in found["data"]
+
+
+def test_ordinary_model_is_trained_as_ever(tmp_path_factory, tmp_path):
+    """Guards: a Trainer of ours that changes the training of a model that is not parallel."""
+    path = checkpoint(tmp_path_factory, "llama")
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    found = run(shardwise.Trainer, model, tmp_path / "ours", 4, num_train_epochs=1)
+    compare(found, run_plain(path, tmp_path / "plain", 4, num_train_epochs=1))

@@ -49,6 +49,13 @@ class TrainerMixin:
     Every process runs the same script. Raises `ShardwiseError` for what would give other numbers than in one process.
     """
 
+    accelerator: Any
+    model: Any
+    args: Any
+    optimizer: Any
+    lr_scheduler: Any
+    state: Any
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._batch_seen = False
@@ -66,16 +73,16 @@ class TrainerMixin:
     # --- what is set up ---
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
-        with _allowed(self.model):  # type: ignore[attr-defined]
+        with _allowed(self.model):
             arguments: dict[str, Any] = super()._build_accelerator_args(**kwargs)  # type: ignore[misc]
         return arguments
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
-        state, accelerator = self._state, self.accelerator  # type: ignore[has-type]
+        state, accelerator = self._state, self.accelerator
         if state is not None:
             count_replicas(accelerator, state.mesh)
-            as_objects = self.args.eval_use_gather_object  # type: ignore[attr-defined]
+            as_objects = self.args.eval_use_gather_object
             self.gather_function = partial(accelerator.gather_for_metrics, use_gather_object=as_objects)
 
     def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
@@ -101,7 +108,7 @@ class TrainerMixin:
 
     @property
     def _replica(self) -> int:
-        index: int = self.accelerator.process_index  # type: ignore[has-type]
+        index: int = self.accelerator.process_index
         return index
 
     # --- a step ---
@@ -114,17 +121,17 @@ class TrainerMixin:
             self._batch_seen = True
         loss: Tensor = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
         if state is not None and self.accelerator.sync_gradients:
-            average_gradients(self.model, state.mesh)  # type: ignore[attr-defined]
+            average_gradients(self.model, state.mesh)
         return loss
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         if self._state is None:
             return super()._clip_grad_norm(model)  # type: ignore[misc]
-        return clip_grad_norm_(self.model, self.args.max_grad_norm)  # type: ignore[attr-defined]
+        return clip_grad_norm_(self.model, self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         if grad_norm is None and self._state is not None:
-            grad_norm = clip_grad_norm_(self.model, float("inf"))  # type: ignore[attr-defined]
+            grad_norm = clip_grad_norm_(self.model, float("inf"))
         return super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
 
     def floating_point_ops(self, inputs: Any) -> float:
@@ -135,10 +142,10 @@ class TrainerMixin:
     # --- checkpoints ---
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if self._state is not None and not isinstance(self.model, _savable()):  # type: ignore[attr-defined]
+        if self._state is not None and not isinstance(self.model, _savable()):
             raise ShardwiseError(
                 describe(
-                    f"Trainer cannot save a {type(self.model).__name__} around a parallel model.",  # type: ignore[attr-defined]
+                    f"Trainer cannot save a {type(self.model).__name__} around a parallel model.",
                     either=['save_strategy="no", and save its parts yourself, or', "train the transformers model itself"],
                 )
             )
@@ -150,10 +157,10 @@ class TrainerMixin:
         if self._state is None:
             super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
             return
-        full = full_optimizer_state(self.model, self._plain_optimizer)  # type: ignore[attr-defined]
-        if self.args.should_save:  # type: ignore[attr-defined]
+        full = full_optimizer_state(self.model, self._plain_optimizer)
+        if self.args.should_save:
             torch.save(full, os.path.join(output_dir, OPTIMIZER_NAME))
-            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))  # type: ignore[attr-defined]
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
         self.accelerator.wait_for_everyone()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -163,30 +170,30 @@ class TrainerMixin:
         optimizer, scheduler = (os.path.join(checkpoint, name) for name in (OPTIMIZER_NAME, SCHEDULER_NAME))
         if os.path.isfile(optimizer) and os.path.isfile(scheduler):
             full = torch.load(optimizer, map_location="cpu", mmap=True, weights_only=True)
-            load_full_optimizer_state(self.model, self._plain_optimizer, full)  # type: ignore[attr-defined]
-            self.lr_scheduler.load_state_dict(torch.load(scheduler, weights_only=True))  # type: ignore[attr-defined]
+            load_full_optimizer_state(self.model, self._plain_optimizer, full)
+            self.lr_scheduler.load_state_dict(torch.load(scheduler, weights_only=True))
 
     @property
     def _plain_optimizer(self) -> torch.optim.Optimizer:
-        wrapped = self.optimizer  # type: ignore[attr-defined]
+        wrapped = self.optimizer
         inner: torch.optim.Optimizer = getattr(wrapped, "optimizer", wrapped)
         return inner
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self._reads_shards(resume_from_checkpoint):
-            load_weights(self.model, resume_from_checkpoint)  # type: ignore[attr-defined]
+            load_weights(self.model, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
 
     def _load_best_model(self) -> None:
-        best = self.state.best_model_checkpoint  # type: ignore[attr-defined]
+        best = self.state.best_model_checkpoint
         if self._reads_shards(best):
-            load_weights(self.model, best)  # type: ignore[attr-defined]
+            load_weights(self.model, best)
         else:
             super()._load_best_model()  # type: ignore[misc]
 
     def _reads_shards(self, folder: str) -> bool:
-        whole = isinstance(self.model, PreTrainedModel) and self._state is not None  # type: ignore[attr-defined]
+        whole = isinstance(self.model, PreTrainedModel) and self._state is not None
         return whole and os.path.isfile(os.path.join(folder, "config.json"))
 
 

@@ -5,7 +5,6 @@ The ranks of one tp axis compute one model: they are dealt the same batches, and
 
 from __future__ import annotations
 
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
@@ -45,12 +44,8 @@ def count_replicas(accelerator: Accelerator, mesh: DeviceMesh) -> None:
     """Make `accelerator` deal batches to, and gather from, the replicas of the model on `mesh`, the tp axis. In place."""
     accelerator.__dict__["_replicas"] = replicas(mesh)
     accelerator.dataloader_config.dispatch_batches = False  # the first process would deal a part of a batch to each
-    accelerator.__class__ = _over_replicas(type(accelerator))
-
-
-@cache
-def _over_replicas(base: type[Accelerator]) -> type[Accelerator]:
-    return type(f"Replica{base.__name__}", (_Replicas, base), {"__module__": __name__})
+    base = type(accelerator)
+    accelerator.__class__ = type(f"Replica{base.__name__}", (_Replicas, base), {"__module__": __name__})
 
 
 class _Replicas:

@@ -19,7 +19,7 @@ _BUCKET_BYTES = 25 * 2**20  # as torch's DDP: large enough for the link, small b
 
 
 def average_gradients(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Replace each gradient by its mean over the replicas of `mesh`, the tp axis. Collective; nothing where there is one replica.
+    """Replace each gradient by its mean over the replicas of `mesh`, the tp axis. Collective; where there is one, nothing.
 
     A parameter without gradient in some replicas counts as zero there; without one in any, it stays without. Experts dealt to
     several replicas are left alone: their gradients are means already.
