@@ -137,6 +137,30 @@ def test_adapter_of_four_ranks_that_share_kv_heads(pool4, tmp_path_factory):
     compare(pool4.run(measure_sharded, path, folder), measure(plain(path, folder)))
 
 
+def padded(model: PeftModel) -> dict[str, Tensor] | None:
+    """Gradients of the adapter of an embedding whose padding id is among the ids."""
+    batches()[0].loss(model.train()).backward()
+    return gradients(model.get_base_model())
+
+
+def padded_sharded(path: Path, folder: Path, pad: int) -> dict[str, Tensor] | None:
+    """On a rank."""
+    return padded(PeftModel.from_pretrained(load(path, pad_token_id=pad), folder, is_trainable=True))
+
+
+def test_padding_id_of_an_adapted_embedding(pool2, tmp_path_factory):
+    """Guards: a padding id counted from the first row of a rank's part of the vocabulary, in an adapter of all of it: it would
+    be trained, or another id would not.
+    """
+    path, pad = checkpoint(tmp_path_factory, "llama"), int(batches()[0].input_ids.max())
+    assert pad >= 64  # of the second rank
+    folder = adapter(path, tmp_path_factory.mktemp("adapter"), target_modules=["embed_tokens"])
+    base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, pad_token_id=pad)
+    wanted = padded(PeftModel.from_pretrained(base, folder, is_trainable=True))
+    for found in pool2.run(padded_sharded, path, folder, pad)[:1]:
+        assert gradient_error(found, wanted) < 1e-3
+
+
 # --- files ---
 
 
