@@ -235,6 +235,9 @@ def refused(path: Path, folder: Path) -> dict[str, str]:
     attempt("adafactor", shardwise.Trainer, optim="adafactor")
     attempt("size", shardwise.Trainer, auto_find_batch_size=True)
     attempt("transformers afterwards", transformers.Trainer)
+    workers = arguments(folder, 4, eval_strategy="no", dataloader_num_workers=2)
+    loader = shardwise.Trainer(model=model, args=workers, train_dataset=Texts(8, 0)).get_train_dataloader()
+    found["workers"] = str(loader.base_dataloader.worker_init_fn.keywords["rank"])
     trainer = shardwise.Trainer(
         model=model, args=arguments(folder, 4, eval_strategy="no"), train_dataset=Texts(8, dist.get_rank())
     )
@@ -247,7 +250,8 @@ def test_what_would_give_other_numbers_is_refused(pool2, tmp_path_factory, tmp_p
     """Guards: transformers' own Trainer on a parallel model, optimizers with statistics over whole matrices, and a dataset that
     is another one on every rank.
     """
-    found = pool2.run(refused, checkpoint(tmp_path_factory, "llama"), tmp_path)[0]
+    found, second = pool2.run(refused, checkpoint(tmp_path_factory, "llama"), tmp_path)
+    assert found["workers"] == second["workers"] == "0"  # the seeds of the data loader's processes
     assert "shardwise.Trainer, which takes the same arguments" in found["transformers"]
     assert found["transformers afterwards"] == found["transformers"]
     assert "optim='adafactor'" in found["adafactor"]
