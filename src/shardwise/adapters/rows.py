@@ -1,26 +1,14 @@
-"""Adapters that PEFT puts around the layers of a parallel model: where they are, and how their tensors lie on the ranks.
-
-    base layer            A (rank, in)       B (out, rank)
-    column-wise           whole              column-wise: cut as the base's outputs
-    row-wise              row-wise: cut as   whole
-                          the base's inputs
-    kept whole            whole              whole
-    an embedding          whole              whole
-
-PEFT makes every adapter as long as the layer is in one process (it reads `in_features` and `out_features`), so the same seed
-gives the same adapter; then each rank keeps its part. What is no LoRA, or changes the base layer's weight, is refused.
-"""
+"""The rows of adapters: how their tensors lie on the ranks, and which of their modules become parallel."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
+from shardwise.adapters.find import kind_of, ordinary_name, unwrapped, wrappers
 from shardwise.errors import ShardwiseError, describe
 from shardwise.layers import (
     ColwiseGatherOutput,
@@ -44,55 +32,6 @@ from shardwise.layout import Layout, Packed, Replicated, Sharded
 from shardwise.plan import Plan
 from shardwise.spec import ModuleSpec, ShardSpec, sums_gradient
 
-_INITS = (True, False, "gaussian", "orthogonal")
-_WRAPPED = ("base_layer", "original_module")
-
-
-def has_adapters(model: nn.Module) -> bool:
-    """Whether PEFT has put anything into `model`."""
-    return next(wrappers(model), None) is not None
-
-
-def adapted_model(model: nn.Module) -> nn.Module:
-    """The model inside of a `PeftModel`; any other is returned as it is.
-
-    Raises `ShardwiseError` where PEFT has put something into it that does not become parallel afterwards.
-    """
-    inner: nn.Module = model.get_base_model() if callable(getattr(model, "get_base_model", None)) else model  # type: ignore[operator]
-    for name, wrapper in wrappers(inner):
-        if _kind(wrapper) != "lora" or not isinstance(inner, PreTrainedModel):
-            raise ShardwiseError(
-                describe(
-                    f"{name}: a model with {type(wrapper).__name__} in it cannot become parallel.",
-                    either=[
-                        "make the ordinary transformers model parallel, and add the adapter then, or",
-                        "plain LoRA on linear layers and embeddings",
-                    ],
-                )
-            )
-    return inner
-
-
-def ordinary_name(name: str) -> str:
-    """A tensor's name without what PEFT puts into it: "q_proj.base_layer.weight" gives "q_proj.weight"."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPED)
-
-
-def unwrapped(module: nn.Module) -> nn.Module:
-    """The layer inside of PEFT's layers around it."""
-    while inner := next((module._modules[name] for name in _WRAPPED if module._modules.get(name) is not None), None):
-        module = inner
-    return module
-
-
-def copied_layers(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
-    """The parallel layers that are trained whole (`modules_to_save`): the original, and an adapter's copy of it."""
-    for _, wrapper in wrappers(model):
-        for copy in wrapper.modules_to_save.values() if _kind(wrapper) == "copy" else ():
-            for name, module in wrapper.original_module.named_modules():
-                if is_parallel(module):
-                    yield module, copy.get_submodule(name)
-
 
 def adapter_plan(model: nn.Module, plan: Plan) -> Plan:
     """The rows of all adapters in `model`, by the names that they have there now: tensors, and modules that become parallel.
@@ -103,7 +42,7 @@ def adapter_plan(model: nn.Module, plan: Plan) -> Plan:
     found = _Found(plan)
     for name, wrapper in wrappers(model):
         layer = _Layer(name, wrapper, unwrapped(wrapper), plan, known.get(ordinary_name(name)))
-        kind = _kind(wrapper)
+        kind = kind_of(wrapper)
         if kind == "lora":
             layer.check()
             layer.add_to(found)
@@ -273,81 +212,3 @@ class _Layer:
                 found.tensors.append(ShardSpec(name, tuple(tensor.shape), tensor.dtype, Replicated()))
         if self.spec is not None and issubclass(self.spec.style, EmbeddingStyle):
             found.modules.append(ModuleSpec(self.name, WholeEmbeddingAdapter))
-
-
-def whole_as_planned(model: nn.Module, configs: Mapping[str, Any], plan: Plan) -> None:
-    """Make the adapters around layers of which PEFT reads the width from their weight (Conv1D) anew, as long as in one process.
-
-    Raises `ShardwiseError` for configs of adapters that would be wrong on a parallel model.
-    """
-    _check_configs(configs)
-    for name, wrapper in wrappers(model):
-        base, row = unwrapped(wrapper), plan.get(f"{ordinary_name(name)}.weight")
-        if _kind(wrapper) != "lora" or not stores_transposed(base) or row is None or not row.sharded:
-            continue
-        if (wrapper.in_features, wrapper.out_features) == row.shape:
-            continue
-        wrapper.in_features, wrapper.out_features = row.shape
-        for adapter in list(wrapper.lora_A):
-            rank, alpha = wrapper.r[adapter], wrapper.lora_alpha[adapter]
-            trains = wrapper.lora_A[adapter].weight.requires_grad
-            wrapper.update_layer(adapter, rank, lora_alpha=alpha, config=configs[adapter], target_name=name)
-            for part in (wrapper.lora_A, wrapper.lora_B):
-                part[adapter].requires_grad_(trains)
-
-
-def _check_configs(configs: Mapping[str, Any]) -> None:
-    for name, config in configs.items():
-        found = next(_config_problems(config), None)
-        if found is not None:
-            raise ShardwiseError(
-                describe(
-                    f"Adapter {name!r} is not possible on a parallel model: {found}.",
-                    note="the model has been changed by PEFT already: load it again",
-                    either=["leave that out, or", "add the adapter to the ordinary model, and train it in one process"],
-                )
-            )
-
-
-def _config_problems(config: Any) -> Iterator[str]:
-    kind = str(getattr(config.peft_type, "value", config.peft_type))
-    if kind != "LORA":
-        yield f"it is of type {kind}, not LORA"
-        return
-    init = getattr(config, "init_lora_weights", True)
-    if init not in _INITS:
-        yield f"init_lora_weights={init!r} works on whole weights, and changes them"
-    for field_name in ("layer_replication", "trainable_token_indices", "megatron_config"):
-        if getattr(config, field_name, None):
-            yield f"{field_name} is set"
-    if getattr(config, "bias", "none") != "none":
-        yield f"bias={config.bias!r} would save a rank's part of the biases"
-
-
-def wrappers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """PEFT's layers in `model`, outermost first, by path."""
-    kinds = _peft_kinds()
-    last: str | None = None
-    for name, module in model.named_modules() if kinds else ():
-        if isinstance(module, kinds) and not (last is not None and name.startswith(f"{last}.")):
-            last = name
-            yield name, module
-
-
-def _peft_kinds() -> tuple[type, ...]:
-    # Who has adapters has imported PEFT; nobody else needs it.
-    if "peft" not in sys.modules:
-        return ()
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    return (BaseTunerLayer, AuxiliaryTrainingWrapper)
-
-
-def _kind(wrapper: object) -> str:
-    from peft.tuners import lora
-    from peft.utils.other import ModulesToSaveWrapper
-
-    if isinstance(wrapper, lora.Linear | lora.Embedding):
-        return "lora"
-    return "copy" if isinstance(wrapper, ModulesToSaveWrapper) else "other"

@@ -1,0 +1,27 @@
+"""Adapters that PEFT puts around the layers of a parallel model: where they are, and how their tensors lie on the ranks.
+
+    base layer            A (rank, in)       B (out, rank)
+    column-wise           whole              column-wise: cut as the base's outputs
+    row-wise              row-wise: cut as   whole
+                          the base's inputs
+    kept whole            whole              whole
+    an embedding          whole              whole
+
+PEFT makes every adapter as long as the layer is in one process (it reads `in_features` and `out_features`), so the same seed
+gives the same adapter; then each rank keeps its part. What is no LoRA, or changes the base layer's weight, is refused.
+"""
+
+from shardwise.adapters.checks import whole_as_planned
+from shardwise.adapters.find import adapted_model, copied_layers, has_adapters, ordinary_name, unwrapped, wrappers
+from shardwise.adapters.rows import adapter_plan
+
+__all__ = [
+    "adapted_model",
+    "adapter_plan",
+    "copied_layers",
+    "has_adapters",
+    "ordinary_name",
+    "unwrapped",
+    "whole_as_planned",
+    "wrappers",
+]

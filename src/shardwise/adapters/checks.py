@@ -1,0 +1,64 @@
+"""Adapters made as long as in one process, and configs that would be wrong on a parallel model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from shardwise.adapters.find import kind_of, ordinary_name, unwrapped, wrappers
+from shardwise.errors import ShardwiseError, describe
+from shardwise.layers import stores_transposed
+from shardwise.plan import Plan
+
+_INITS = (True, False, "gaussian", "orthogonal")
+
+
+def whole_as_planned(model: nn.Module, configs: Mapping[str, Any], plan: Plan) -> None:
+    """Make the adapters around layers of which PEFT reads the width from their weight (Conv1D) anew, as long as in one process.
+
+    Raises `ShardwiseError` for configs of adapters that would be wrong on a parallel model.
+    """
+    _check_configs(configs)
+    for name, wrapper in wrappers(model):
+        base, row = unwrapped(wrapper), plan.get(f"{ordinary_name(name)}.weight")
+        if kind_of(wrapper) != "lora" or not stores_transposed(base) or row is None or not row.sharded:
+            continue
+        if (wrapper.in_features, wrapper.out_features) == row.shape:
+            continue
+        wrapper.in_features, wrapper.out_features = row.shape
+        for adapter in list(wrapper.lora_A):
+            rank, alpha = wrapper.r[adapter], wrapper.lora_alpha[adapter]
+            trains = wrapper.lora_A[adapter].weight.requires_grad
+            wrapper.update_layer(adapter, rank, lora_alpha=alpha, config=configs[adapter], target_name=name)
+            for part in (wrapper.lora_A, wrapper.lora_B):
+                part[adapter].requires_grad_(trains)
+
+
+def _check_configs(configs: Mapping[str, Any]) -> None:
+    for name, config in configs.items():
+        found = next(_config_problems(config), None)
+        if found is not None:
+            raise ShardwiseError(
+                describe(
+                    f"Adapter {name!r} is not possible on a parallel model: {found}.",
+                    note="the model has been changed by PEFT already: load it again",
+                    either=["leave that out, or", "add the adapter to the ordinary model, and train it in one process"],
+                )
+            )
+
+
+def _config_problems(config: Any) -> Iterator[str]:
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if kind != "LORA":
+        yield f"it is of type {kind}, not LORA"
+        return
+    init = getattr(config, "init_lora_weights", True)
+    if init not in _INITS:
+        yield f"init_lora_weights={init!r} works on whole weights, and changes them"
+    for field_name in ("layer_replication", "trainable_token_indices", "megatron_config"):
+        if getattr(config, field_name, None):
+            yield f"{field_name} is set"
+    if getattr(config, "bias", "none") != "none":
+        yield f"bias={config.bias!r} would save a rank's part of the biases"

@@ -1,0 +1,99 @@
+"""PEFT's layers in a model: where they are, what is in them, and the names that tensors have without them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from shardwise.errors import ShardwiseError, describe
+from shardwise.layers import is_parallel
+
+_WRAPPED = ("base_layer", "original_module")
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether PEFT has put anything into `model`."""
+    return next(wrappers(model), None) is not None
+
+
+def adapted_model(model: nn.Module) -> nn.Module:
+    """The model inside of a `PeftModel`; any other is returned as it is.
+
+    Raises `ShardwiseError` where PEFT has put something into it that does not become parallel afterwards.
+    """
+    inner: nn.Module = model.get_base_model() if _is_peft_model(model) else model  # type: ignore[operator]
+    for name, wrapper in wrappers(inner):
+        if kind_of(wrapper) != "lora" or not isinstance(inner, PreTrainedModel):
+            raise ShardwiseError(
+                describe(
+                    f"{name}: a model with {type(wrapper).__name__} in it cannot become parallel.",
+                    either=[
+                        "make the ordinary transformers model parallel, and add the adapter then, or",
+                        "plain LoRA on linear layers and embeddings",
+                    ],
+                )
+            )
+    return inner
+
+
+def ordinary_name(name: str) -> str:
+    """A tensor's name without what PEFT puts into it: "q_proj.base_layer.weight" gives "q_proj.weight"."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPED)
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The layer inside of PEFT's layers around it."""
+    while inner := next((module._modules[name] for name in _WRAPPED if module._modules.get(name) is not None), None):
+        module = inner
+    return module
+
+
+def copied_layers(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """The parallel layers that are trained whole (`modules_to_save`): the original, and an adapter's copy of it."""
+    for _, wrapper in wrappers(model):
+        for copy in wrapper.modules_to_save.values() if kind_of(wrapper) == "copy" else ():
+            for name, module in wrapper.original_module.named_modules():
+                if is_parallel(module):
+                    yield module, copy.get_submodule(name)
+
+
+def wrappers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """PEFT's layers in `model`, outermost first, by path."""
+    kinds = _peft_kinds()
+    last: str | None = None
+    for name, module in model.named_modules() if kinds else ():
+        if isinstance(module, kinds) and not (last is not None and name.startswith(f"{last}.")):
+            last = name
+            yield name, module
+
+
+def _peft_kinds() -> tuple[type, ...]:
+    # Who has adapters has imported PEFT; nobody else needs it.
+    if "peft" not in sys.modules:
+        return ()
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    return (BaseTunerLayer, AuxiliaryTrainingWrapper)
+
+
+def _is_peft_model(model: nn.Module) -> bool:
+    if "peft" not in sys.modules:
+        return False
+    from peft import PeftMixedModel, PeftModel
+
+    return isinstance(model, PeftModel | PeftMixedModel)
+
+
+def kind_of(wrapper: object) -> str:
+    """What a layer of PEFT's is: "lora", a "copy" that is trained whole, or "other"."""
+    from peft.tuners import lora
+    from peft.utils.other import ModulesToSaveWrapper
+
+    if isinstance(wrapper, lora.Linear | lora.Embedding):
+        return "lora"
+    return "copy" if isinstance(wrapper, ModulesToSaveWrapper) else "other"
