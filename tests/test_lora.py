@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import peft
@@ -19,6 +20,7 @@ from figures import gradient_error, gradients
 from models import batches, checkpoint
 from on_ranks import load, world
 from shardwise.errors import MissingRankError, ShardwiseError
+from shardwise.rendezvous import meet
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 EVERYTHING = [*LINEARS, "embed_tokens", "lm_head"]
@@ -196,8 +198,10 @@ def save_on_one_rank(path: Path, folder: Path) -> str:
     model = get_peft_model(load(path), lora())
     if dist.get_rank():
         return ""
-    with pytest.raises(MissingRankError) as error:
-        model.save_pretrained(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shardwise.state, "meet", partial(meet, timeout=0.5))
+        with pytest.raises(MissingRankError) as error:
+            model.save_pretrained(folder)
     return str(error.value)
 
 
@@ -218,6 +222,12 @@ def ways_in(path: Path, folder: Path) -> list[tuple[Tensor, dict[str, Tensor] | 
         shardwise.parallelize(model.get_base_model() if inside else model, world("tp"))
         return model
 
+    def by_other_styles() -> nn.Module:
+        model = plain(path, folder)
+        plan = {f"layers.*.mlp.{name}_proj": "colwise_gather_output" for name in ("up", "gate")}
+        plan |= {"layers.*.mlp.down_proj": "rowwise_split_input"}
+        return shardwise.parallelize(model, world("tp"), plan)
+
     def by_transformers() -> nn.Module:
         model = load(path)
         model.load_adapter(folder, is_trainable=True)
@@ -232,8 +242,8 @@ def ways_in(path: Path, folder: Path) -> list[tuple[Tensor, dict[str, Tensor] | 
     def by_meta() -> nn.Module:
         return PeftModel.from_pretrained(load(path), folder, is_trainable=True, low_cpu_mem_usage=True)
 
-    found = []
-    for way in (lambda: by_parallelize(False), lambda: by_parallelize(True), by_transformers, by_second, by_meta):
+    found, ways = [], [lambda: by_parallelize(False), lambda: by_parallelize(True), by_transformers, by_second, by_meta]
+    for way in (*ways, by_other_styles):
         model = way().train()
         inner = model.get_base_model() if isinstance(model, PeftModel) else model
         batches()[1].loss(model).backward()

@@ -138,8 +138,7 @@ def apply_adapters(model: nn.Module, configs: Mapping[str, Any]) -> None:
     for row in table.modules:
         module = model.get_submodule(row.name)
         if not is_parallel(module):
-            base = unwrapped(model.get_submodule(row.name.rpartition(".lora_dropout.")[0])) if row.region else None
-            _parallelize_module(module, row, on, base.__dict__["_tp"].region if base is not None else None)
+            _parallelize_module(module, row, on, _region_around(model, row.name) if row.region else None)
     for original, copy in copied_layers(model) if not state.overlap else ():
         copy.__dict__["_tp"].region = original.__dict__["_tp"].region  # or the copy would open it and not close it
     model.__dict__[_STATE] = replace(state, adapters=table)
@@ -294,6 +293,14 @@ def _replace_in_place(model: nn.Module, rows: list[ShardSpec], state: ModelState
 
 def _region(row: ModuleSpec, state: ModelState) -> Region:
     return OverlappedRegion(row.local_dropout) if state.overlap else Region(row.local_dropout, state.stream)
+
+
+def _region_around(model: nn.Module, dropout: str) -> Region | None:
+    """The parallel region that an adapter's dropout is in: that of its base layer, or of the layers beside it."""
+    layer = dropout.rpartition(".lora_dropout.")[0]
+    beside = map(unwrapped, model.get_submodule(layer.rpartition(".")[0]).children())
+    states = (module.__dict__["_tp"] for module in (unwrapped(model.get_submodule(layer)), *beside) if is_parallel(module))
+    return next((state.region for state in states if state.region is not None), None)
 
 
 def _parallelize_module(module: nn.Module, row: ModuleSpec, model: ModelState, region: Region | None) -> None:

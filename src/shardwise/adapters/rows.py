@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -59,14 +58,6 @@ class _Found:
     tensors: list[ShardSpec] = field(default_factory=list)
     modules: list[ModuleSpec] = field(default_factory=list)
 
-    def add_linear(
-        self, name: str, linear: nn.Module, style: type[ParallelStyle] | None, rows: Mapping[str, ShardSpec]
-    ) -> None:
-        """One of the two products of a LoRA layer."""
-        self.tensors += [replace(row, name=f"{name}.{child}") for child, row in rows.items()]
-        if style is not None:
-            self.modules.append(ModuleSpec(name, style))
-
     def add_copies(self, layer: _Layer) -> None:
         """Layers that are trained whole (`modules_to_save`): copies of parallel ones, which lie as these do."""
         for name, tensor in layer.wrapper.named_parameters():
@@ -95,9 +86,10 @@ class _Layer:
     @property
     def concerned(self) -> bool:
         """Whether tensor parallelism changes anything in the base layer."""
-        prefix = f"{ordinary_name(self.name)}."
-        rows = [row for row in self.plan if any(name.startswith(prefix) for name in (row.name, *row.aliases))]
-        return any(is_parallel(m) for m in self.base.modules()) or any(row.sharded or row.partial for row in rows)
+        path = ordinary_name(self.name)
+        rows = [self.plan.get(f"{path}.{name}") for name, _ in self.base.named_parameters()]
+        cut = any(row is not None and (row.sharded or row.partial) for row in rows)
+        return cut or any(is_parallel(module) for module in self.base.modules())
 
     def refused(self, why: str) -> ShardwiseError:
         """The error that says so."""
@@ -128,46 +120,39 @@ class _Layer:
         style = self.spec.style if self.spec is not None else Replicate
         if issubclass(style, EmbeddingStyle):
             raise self.refused("a linear adapter around an embedding")
+        first, second = self._styles(style)
         for adapter, a in self.wrapper.lora_A.items():
-            b = self.wrapper.lora_B[adapter]
-            first, second, rows_of = self._styles(style)
-            self._add(found, "lora_A", adapter, a, first, rows_of)
-            self._add(found, "lora_B", adapter, b, second, rows_of)
-            self._add_dropout(found, adapter, first, style)
+            self._add(found, "lora_A", adapter, a, first)
+            self._add(found, "lora_B", adapter, self.wrapper.lora_B[adapter], second)
+            if isinstance(self.wrapper.lora_dropout[adapter], nn.Dropout):
+                local = first is RowwiseParallel
+                dropout = LocalDropout if local else CommonDropout
+                found.modules.append(ModuleSpec(f"{self.name}.lora_dropout.{adapter}", dropout, region=not local))
 
-    def _styles(
-        self, style: type[ParallelStyle]
-    ) -> tuple[type[ParallelStyle] | None, type[ParallelStyle] | None, type[ParallelStyle]]:
-        """Of A, of B, and of the base."""
+    def _styles(self, style: type[ParallelStyle]) -> tuple[type[ParallelStyle] | None, type[ParallelStyle] | None]:
+        """Of A and of B, for the style of the base; None where the module stays as it is."""
         if issubclass(style, (MlaKvAProjGatherOutput, MlaKvAProjParallel, RowwiseScatterOutput)):
             raise self.refused(f"the layer's style, {style.__name__}, does more than cut a product")
         if issubclass(style, ColwiseParallel):
-            return None, ColwiseGatherOutput if issubclass(style, ColwiseGatherOutput) else ColwiseParallel, style
+            return None, ColwiseGatherOutput if issubclass(style, ColwiseGatherOutput) else ColwiseParallel
         if issubclass(style, RowwiseParallel):
-            return RowwiseSplitInput if issubclass(style, RowwiseSplitInput) else RowwiseParallel, None, style
+            return RowwiseSplitInput if issubclass(style, RowwiseSplitInput) else RowwiseParallel, None
         if style not in (Replicate, ReplicatedWithGradAllReduce):
             raise self.refused(f"the layer's style is {style.__name__}")
         row = self.weight
         if row is not None and sums_gradient(row, self.plan.size, self.plan.ep_size):
-            return ReplicatedWithGradAllReduce, ReplicatedWithGradAllReduce, style
-        return None, None, style
+            return ReplicatedWithGradAllReduce, ReplicatedWithGradAllReduce
+        return None, None
 
-    def _add(
-        self,
-        found: _Found,
-        part: str,
-        adapter: str,
-        linear: nn.Module,
-        style: type[ParallelStyle] | None,
-        base: type[ParallelStyle],
-    ) -> None:
-        name, rows = f"{self.name}.{part}.{adapter}", {}
+    def _add(self, found: _Found, part: str, adapter: str, linear: nn.Module, style: type[ParallelStyle] | None) -> None:
+        """One of the two products."""
+        name = f"{self.name}.{part}.{adapter}"
         for child, tensor in linear.named_parameters():
-            layout = self._layout(style, part, tensor.dim())
-            shape = self._full_shape(part, tensor)
+            layout, shape = self._layout(style, part, tensor.dim()), self._full_shape(part, tensor)
             partial = style is ReplicatedWithGradAllReduce or (style is not None and part == "lora_B" and self._partial())
-            rows[child] = ShardSpec(f"{name}.{child}", shape, tensor.dtype, layout, partial)
-        found.add_linear(name, linear, style, rows)
+            found.tensors.append(ShardSpec(f"{name}.{child}", shape, tensor.dtype, layout, partial))
+        if style is not None:
+            found.modules.append(ModuleSpec(name, style))
 
     def _partial(self) -> bool:
         row = self.weight
@@ -189,15 +174,6 @@ class _Layer:
         if part == "lora_B":
             return (outputs, *tensor.shape[1:])
         return (tensor.shape[0], inputs)
-
-    def _add_dropout(self, found: _Found, adapter: str, first: type[ParallelStyle] | None, style: type[ParallelStyle]) -> None:
-        if not isinstance(self.wrapper.lora_dropout[adapter], nn.Dropout) or not self.concerned:
-            return
-        local = first is RowwiseParallel
-        name = f"{self.name}.lora_dropout.{adapter}"
-        found.modules.append(
-            ModuleSpec(name, LocalDropout if local else CommonDropout, region=issubclass(style, ColwiseParallel))
-        )
 
     def _add_embedding(self, found: _Found) -> None:
         row, wrapper = self.weight, self.wrapper
