@@ -336,6 +336,33 @@ def test_adapters_that_would_be_wrong_are_refused(pool2, tmp_path_factory):
         assert words in found[name]
 
 
+def weighted(path: Path, first: Path, second: Path) -> tuple[Tensor, str]:
+    """On a rank: the logits of a sum of adapters, and what a decomposition of one says."""
+    model = PeftModel.from_pretrained(load(path), first, "a")
+    model.load_adapter(second, "b")
+    _logits(model)
+    model.add_weighted_adapter(["a", "b"], [0.5, 0.25], "sum", combination_type="linear")
+    model.set_adapter("sum")
+    found = _logits(model.eval())
+    model.add_weighted_adapter(["a", "b"], [0.5, 0.25], "svd", combination_type="svd")
+    with pytest.raises(ShardwiseError) as error:
+        _logits(model)
+    return found, str(error.value)
+
+
+def test_weighted_adapters(pool2, tmp_path_factory):
+    """Guards: an adapter made of the ranks' parts of others, cut once more, or another one on every rank."""
+    path = checkpoint(tmp_path_factory, "llama")
+    folders = [adapter(path, tmp_path_factory.mktemp("adapter"), seed) for seed in (5, 6)]
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), folders[0], "a")
+    model.load_adapter(folders[1], "b")
+    model.add_weighted_adapter(["a", "b"], [0.5, 0.25], "sum", combination_type="linear")
+    model.set_adapter("sum")
+    found, error = pool2.run(weighted, path, *folders)[0]
+    torch.testing.assert_close(found, _logits(model.eval()), atol=2e-4, rtol=1e-4)
+    assert "differs between ranks" in error
+
+
 # --- in company ---
 
 

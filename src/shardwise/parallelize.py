@@ -31,6 +31,7 @@ from shardwise.layers import (
     parallel_class,
 )
 from shardwise.plan import Plan
+from shardwise.replicas import checksum, first_difference
 from shardwise.spec import ModuleSpec, ShardSpec, sums_gradient
 
 if TYPE_CHECKING:
@@ -283,12 +284,34 @@ def _is_settled(model: nn.Module, state: ModelState, row: ShardSpec) -> bool:
 def _replace_in_place(model: nn.Module, rows: list[ShardSpec], state: ModelState) -> None:
     """Cut new adapters, and keep the parameters' objects: an optimizer may have them already."""
     rank, size = state.mesh.get_local_rank(), state.mesh.size()
-    for row in rows:
-        parameter = model.get_parameter(row.name)
+    named = {row: model.get_parameter(row.name) for row in rows}
+    made_of_parts = {_layer(row) for row, p in named.items() if row.sharded and tuple(p.shape) == state.local_shape(row)}
+    for row, parameter in named.items():
+        if _layer(row) in made_of_parts:
+            _check_parts(row, parameter, state)
+            continue
         if not parameter.is_meta:
             dist.broadcast(parameter.data, group=state.mesh.get_group(), group_src=0)
         if row.sharded:
             parameter.data = row.layout.shard(parameter.data, rank, size)
+
+
+def _layer(row: ShardSpec) -> tuple[str, str]:
+    """Which layer's adapter a tensor belongs to, and which adapter's."""
+    path, _, _ = row.name.rpartition(".")
+    wrapper, _, adapter = path.rpartition(".")
+    return wrapper.rpartition(".")[0], adapter
+
+
+def _check_parts(row: ShardSpec, parameter: Tensor, state: ModelState) -> None:
+    """Raise `ShardwiseError` for an adapter that was computed from the ranks' parts of others, and is another one on each."""
+    if not row.sharded and first_difference(torch.tensor([checksum(parameter)]), state.mesh) is not None:
+        raise ShardwiseError(
+            describe(
+                f"{row.name} was made of each rank's parts of other adapters, and differs between ranks.",
+                either=['combination_type="linear" of add_weighted_adapter, or', "combine the adapters in one process"],
+            )
+        )
 
 
 def _region(row: ModuleSpec, state: ModelState) -> Region:
