@@ -20,6 +20,7 @@ from shardwise.plan import Plan
 from shardwise.profiling import profile, profiler
 from shardwise.state import full_gradients, full_state_dict
 from shardwise.training import clip_grad_norm_
+from shardwise.verify import verify
 
 if TYPE_CHECKING:
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -54,6 +55,7 @@ __all__ = [
     "register_style",
     "trace_collectives",
     "unparallelize",
+    "verify",
 ]
 
 

@@ -1,6 +1,7 @@
 """The program `shardwise`: a file each command, and the program itself in `app`."""
 
-from shardwise.cli import demo, generate, plan, profile  # registers the commands, in the order in which the help shows them
+# registers the commands, in the order in which the help shows them
+from shardwise.cli import demo, generate, plan, profile, verify
 from shardwise.cli.app import app, main
 
-__all__ = ["app", "demo", "generate", "main", "plan", "profile"]
+__all__ = ["app", "demo", "generate", "main", "plan", "profile", "verify"]

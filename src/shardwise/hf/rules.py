@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -124,6 +124,17 @@ def build_on_meta(config: PreTrainedConfig) -> nn.Module:
 
     Raises `PlanError` where transformers has none.
     """
+    auto = auto_class_of(config)
+    with torch.device("meta"):
+        model: nn.Module = auto.from_config(config)
+    return model
+
+
+def auto_class_of(config: PreTrainedConfig) -> Any:
+    """The Auto class of transformers by which a tool makes or loads the model of `config`: see `build_on_meta`.
+
+    Raises `PlanError` where transformers has none.
+    """
     known = [auto for auto in _AUTO_CLASSES if type(config) in auto._model_mapping]
     named = [auto for auto in known if auto._model_mapping[type(config)].__name__ in (config.architectures or ())]
     if not known:
@@ -133,9 +144,7 @@ def build_on_meta(config: PreTrainedConfig) -> nn.Module:
                 either=["build the model yourself, under torch.device('meta'), and pass that"],
             )
         )
-    with torch.device("meta"):
-        model: nn.Module = (named or known)[0].from_config(config)
-    return model
+    return (named or known)[0]
 
 
 _AUTO_CLASSES = (

@@ -25,6 +25,11 @@ def register_style(name: str, style: type[ParallelStyle]) -> None:
     _registered[name] = style
 
 
+def registered_style(name: str) -> type[ParallelStyle] | None:
+    """The style that somebody registered as `name`; None for a built-in one, or none."""
+    return _registered.get(name)
+
+
 def style_named(name: str, where: str) -> type[ParallelStyle]:
     """The style called `name`, which the rule `where` asks for. Raises `PlanError` when there is none."""
     style = STYLES.get(name) or _registered.get(name)

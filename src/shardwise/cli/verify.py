@@ -1,0 +1,87 @@
+"""`shardwise verify`."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+import shardwise
+from shardwise.cli.app import app
+from shardwise.errors import ShardwiseError, describe
+from shardwise.verify.settings import DTYPES
+from shardwise.verify.show import renderable
+
+
+@app.command()
+def verify(
+    model: Annotated[str, typer.Argument(help="A directory, a hub id, or with --random a model type, such as llama.")],
+    tp: Annotated[int | None, typer.Option(min=1, help="Ranks: 2, or as many as torchrun has started.")] = None,
+    ep: Annotated[int | None, typer.Option(min=1, help="Deal whole experts to this many ranks.")] = None,
+    dtype: Annotated[str, typer.Option(help=f"Of weights and activations: {', '.join(DTYPES)}.")] = "float32",
+    compile: Annotated[bool, typer.Option("--compile", help="Train through torch.compile on the ranks.")] = False,
+    layers: Annotated[int | None, typer.Option(min=1, help="Keep this many layers, with random weights.")] = None,
+    random: Annotated[
+        bool, typer.Option("--random", help="Random weights: of a model type its tiny model, else the model's own sizes.")
+    ] = False,
+    plan: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="JSON: pattern to style, merged over the model's plan.")
+    ] = None,
+    imports: Annotated[
+        list[str] | None, typer.Option("--import", help="A module or a .py file that registers styles of yours.")
+    ] = None,
+    sequence_parallel: Annotated[bool, typer.Option("--sequence-parallel", help="Slice the sequence between layers.")] = False,
+    batch: Annotated[int, typer.Option(min=2, help="Sequences in a micro-batch.")] = 2,
+    sequence: Annotated[int, typer.Option(min=4, help="Tokens in a sequence.")] = 12,
+    timeout: Annotated[float, typer.Option(help="Seconds until ranks that still run are ended.")] = 900.0,
+    html: Annotated[Path | None, typer.Option(dir_okay=False, help="Write the report as a web page, too.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", dir_okay=False, help="Write every number as JSON, too.")] = None,
+) -> None:
+    """Compare a model on several ranks with one process, and find where they first differ.
+
+    Logits, loss, every gradient, generated tokens, saved bytes, replicas. Exit code 0 only when everything holds.
+    """
+    result = shardwise.verify(
+        model,
+        tp,
+        tp_plan=_rules(plan) if plan is not None else "auto",
+        ep_size=ep,
+        dtype=dtype,
+        compile=compile,
+        layers=layers,
+        random=random,
+        sequence_parallel=sequence_parallel,
+        batch=batch,
+        sequence=sequence,
+        imports=imports or (),
+        timeout=timeout,
+    )
+    if int(os.environ.get("RANK", "0")) == 0:
+        Console(highlight=False).print(renderable(result))
+        if html is not None:
+            html.write_text(result.to_html(), encoding="utf-8")
+            typer.echo(f"Written to {html}.")
+        if json_file is not None:
+            json_file.write_text(result.to_json(), encoding="utf-8")
+            typer.echo(f"Written to {json_file}.")
+    raise typer.Exit(0 if result.passed else 1)
+
+
+def _rules(path: Path) -> dict[str, str]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        found = error
+    if isinstance(found, dict) and all(isinstance(style, str) for style in found.values()):
+        return found
+    raise ShardwiseError(
+        describe(
+            f"--plan {path}: it has to be a JSON object of patterns and styles.",
+            why=str(found) if isinstance(found, ValueError) else "",
+            either=['such as {"layers.*.self_attn.o_proj": "rowwise"}'],
+        )
+    )

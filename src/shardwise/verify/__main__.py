@@ -1,0 +1,28 @@
+"""A process of a verification: `python -m shardwise.verify rank|one|exact SETTINGS`."""
+
+from __future__ import annotations
+
+import sys
+
+import torch.distributed as dist
+
+from shardwise.errors import ShardwiseError
+from shardwise.launch import follow_parent
+from shardwise.quiet import quiet
+from shardwise.verify.one import one_process
+from shardwise.verify.run import leave_result, run_rank
+from shardwise.verify.settings import Settings
+
+if __name__ == "__main__":
+    follow_parent()
+    job, settings = sys.argv[1], Settings.from_json(sys.argv[2])
+    try:
+        with quiet():
+            if job != "rank":
+                one_process(settings, job)
+            elif (result := run_rank(settings)) and dist.get_rank() == 0:
+                leave_result(settings, result)
+            if job == "rank":
+                dist.barrier()
+    except ShardwiseError as error:
+        sys.exit(f"{type(error).__name__}: {error}")

@@ -1,0 +1,215 @@
+"""What every rank does: load, train some micro-batches, generate, save; and the checks that the first one makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from shardwise.errors import MissingRankError
+from shardwise.parallelize import required_state
+from shardwise.rendezvous import meet_ranks
+from shardwise.verify.compare import (
+    Measure,
+    comparison,
+    differing_replicas,
+    held_in_common,
+    saved_differences,
+    token_differences,
+    worst,
+)
+from shardwise.verify.load import Feed, checkpoint, feeds, load_sharded
+from shardwise.verify.measure import Generated, generate, save, step, why_not_generate
+from shardwise.verify.one import generated_by_one, numbers_of, saved_by_one
+from shardwise.verify.result import Check
+from shardwise.verify.settings import Settings
+
+T = TypeVar("T")
+
+_TOGETHER_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Raised:
+    """What all ranks raised together, and in which phase."""
+
+    phase: str
+    message: str
+
+
+@dataclass
+class Findings:
+    """What the first rank found; on the others, as much of it as they know.
+
+    Attributes:
+        outputs, losses, gradients: a number for each micro-batch.
+        replicas: what differs between ranks.
+        tokens: rows that differ, and rows that differ by a tie.
+        saved: keys that differ.
+        raised: where it ended, if it did.
+        skipped: why a check does not apply, by its name.
+    """
+
+    outputs: list[Measure] = field(default_factory=list)
+    losses: list[Measure] = field(default_factory=list)
+    gradients: list[Measure] = field(default_factory=list)
+    replicas: list[str] = field(default_factory=list)
+    tokens: tuple[int, int] | None = None
+    saved: list[str] | None = None
+    raised: Raised | None = None
+    skipped: dict[str, str] = field(default_factory=dict)
+    common: int = 0
+
+
+def measure_ranks(settings: Settings) -> Findings:
+    """Run the whole course on this rank. Collective. What is compared is compared on the first rank."""
+    found = Findings()
+    model = load_sharded(settings, checkpoint(settings), settings.torch_dtype)
+    given = feeds(settings, model)
+    called = torch.compile(model) if settings.compiled else model
+    _compare_common(found, model, "weight of ", lambda p: p.detach())
+    for number, feed in enumerate(given):
+        problem = _together("training", lambda feed=feed, number=number: _train(settings, found, model, called, feed, number))
+        if isinstance(problem, Raised):
+            found.raised = problem
+            return found
+    model.zero_grad()
+    _generate(settings, found, model, given[0])
+    if found.raised is None:
+        problem = _together("saving", lambda: save(model, _saved(settings)))
+        found.raised = problem if isinstance(problem, Raised) else None
+        if found.raised is None and dist.get_rank() == 0:
+            found.saved = saved_differences(_saved(settings), saved_by_one(settings))
+    return found
+
+
+def make_checks(settings: Settings, found: Findings) -> list[Check]:
+    """The checks on what was found."""
+    compare = comparison(settings.torch_dtype)
+    reason = _REASONS[type(compare).__name__]
+    checks = [
+        _check("logits", found.outputs, compare.unit, reason),
+        _check("loss", found.losses, compare.unit, reason),
+    ]
+    for number in range(max(len(found.gradients), 1)):
+        batches = f"{number + 1} micro-batch{'es, accumulated' if number else ''}"
+        checks.append(_check(f"gradients, {batches}", found.gradients[number : number + 1], compare.unit, reason))
+    count = len(found.replicas)
+    checks.append(
+        Check(
+            "replicas that differ between ranks",
+            float(count),
+            0,
+            f"of {found.common}",
+            "what ranks hold in common is the same bit by bit",
+            found.replicas[0] if count else "",
+        )
+    )
+    return [*checks, _tokens_check(settings, found), _saved_check(found)]
+
+
+def _train(settings: Settings, found: Findings, model: Any, called: nn.Module, feed: Feed, number: int) -> None:
+    ours = step(model, called, feed)
+    _compare_common(found, model, "gradient of ", lambda p: p.grad)
+    everyone: list[Tensor | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (ours.outputs, ours.loss))
+    if dist.get_rank() > 0:
+        return
+    compare = comparison(settings.torch_dtype)
+    one = numbers_of(settings, "one", number)
+    exact = numbers_of(settings, "exact", number) if compare.unit else None
+    ranks = [type(ours)(outputs, loss, None) for outputs, loss in everyone]  # type: ignore[misc]
+    found.outputs.append(worst([compare.outputs(rank, one, exact) for rank in ranks]))
+    found.losses.append(worst([compare.loss(rank, one, exact) for rank in ranks]))
+    assert ours.gradients is not None
+    assert one.gradients is not None
+    found.gradients.append(compare.gradients(ours.gradients, one.gradients, exact.gradients if exact else None))
+
+
+def _generate(settings: Settings, found: Findings, model: Any, prompt: Feed) -> None:
+    if why := why_not_generate(model):
+        found.skipped["tokens"] = why
+        return
+    made = _together("generate", lambda: generate(model, prompt, settings.new_tokens))
+    if isinstance(made, Raised):
+        found.raised = made
+        return
+    everyone: list[Generated | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, made)
+    if dist.get_rank() == 0:
+        one, noise = generated_by_one(settings), _NOISE[settings.dtype]
+        differences = [token_differences(rank, one, noise) for rank in everyone if rank is not None]
+        found.tokens = max(differences)
+
+
+def _compare_common(found: Findings, model: nn.Module, what: str, read: Callable[[nn.Parameter], Tensor | None]) -> None:
+    mesh = required_state(model).ep
+    mine, everyone = held_in_common(model, read), [{}] * mesh.size()
+    dist.all_gather_object(everyone, mine, group=mesh.get_group())
+    found.common = max(found.common, len(mine))
+    found.replicas += [what + name for name in differing_replicas(everyone) if what + name not in found.replicas]
+
+
+def _together(phase: str, run: Callable[[], T]) -> T | Raised:
+    """What `run` gives, or what it raised, where it did on all ranks. Collective, then. Raises what only some ranks raised."""
+    try:
+        return run()
+    except Exception as error:
+        try:
+            meet_ranks(range(dist.get_world_size()), f"verify: {phase} failed", _TOGETHER_SECONDS)
+        except MissingRankError:
+            raise error from None
+        return Raised(phase, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+
+
+def _check(name: str, measures: Sequence[Measure], unit: str, reason: str) -> Check:
+    if not measures:
+        return Check(name, float("nan"), 0, unit, "it was not reached")
+    measure = worst(measures)
+    return Check(name, measure.value, measure.bound, unit, reason, measure.place)
+
+
+def _tokens_check(settings: Settings, found: Findings) -> Check:
+    name = "generated tokens, rows that differ"
+    if why := found.skipped.get("tokens"):
+        return Check(name, None, 0, "", why)
+    if found.tokens is None:
+        return Check(name, float("nan"), 0, "", "it was not reached")
+    differ, ties = found.tokens
+    reason = "noise does not change the likeliest token"
+    if ties:
+        reason += f"; {ties} more differ behind two tokens that are equally likely but for noise"
+    return Check(name, float(differ), 0, "", reason)
+
+
+def _saved_check(found: Findings) -> Check:
+    name, keys = "saved tensors that differ", found.saved
+    if keys is None:
+        return Check(name, float("nan"), 0, "", "it was not reached")
+    return Check(name, float(len(keys)), 0, "", "save_pretrained writes the bytes that one process writes", ", ".join(keys[:3]))
+
+
+def _saved(settings: Settings) -> Path:
+    return Path(settings.folder) / "saved by ranks"
+
+
+_NOISE = {"float64": 1e-9, "float32": 1e-4, "float16": 2e-3, "bfloat16": 2e-2}
+_REASONS = {
+    "Exact": "the same sums in another order: a lost or doubled term is 1e-2 at least",
+    "Rounded": "more roundings, one for each part of a sum; a lost or doubled term is tens of them",
+}
+
+
+def verify_on_ranks(settings: Settings) -> Any:
+    """The checks, and where one does not hold, the culprit: on the first rank; None on the others. Collective."""
+    from shardwise.verify.result import Verification
+
+    found = measure_ranks(settings)
+    if dist.get_rank() > 0:
+        return None
+    return Verification(settings.model, (), tuple(make_checks(settings, found)))

@@ -1,0 +1,142 @@
+"""The model and its inputs, the same for one process and for every rank."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import importlib.util
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from shardwise import loading
+from shardwise.errors import ShardwiseError, describe
+from shardwise.hf import auto_class_of
+from shardwise.layers.registry import register_style
+from shardwise.mesh import local_device
+from shardwise.verify.settings import Settings
+
+Feed = Mapping[str, Tensor]
+"""What the model is called with, by name."""
+
+_FIRST_ID = 3  # those before are mostly padding, beginning and end
+
+
+def import_styles(settings: Settings) -> None:
+    """Make the parallel styles known that the plan may name. Raises `ShardwiseError` for a module that can't be imported."""
+    for name in settings.imports:
+        try:
+            if name.endswith(".py"):
+                _import_file(Path(name))
+            else:
+                importlib.import_module(name)
+        except (ImportError, OSError) as error:
+            raise ShardwiseError(
+                describe(
+                    f"{name} could not be imported: {error}",
+                    either=["the name of a module that Python finds, or", "the path of a file that ends in .py"],
+                )
+            ) from error
+    for name, place, kind in settings.styles:
+        register_style(name, getattr(importlib.import_module(place), kind))
+
+
+def load_whole(settings: Settings, path: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The ordinary model, in this process, without dropout, in training mode."""
+    config = _config(path)
+    model = auto_class_of(config).from_pretrained(path, config=config, dtype=dtype)
+    return _without_dropout(model.to(local_device(None))).train()
+
+
+def load_sharded(settings: Settings, path: str, dtype: torch.dtype, **changed: Any) -> PreTrainedModel:
+    """This rank's part of it. Collective."""
+    config = _config(path)
+    model = loading.from_pretrained(
+        auto_class_of(config), path, config=config, dtype=dtype, **{**settings.loading(), **changed}
+    )
+    return _without_dropout(model).train()
+
+
+def checkpoint(settings: Settings) -> str:
+    """The checkpoint that all load: the subject's own, or the one that `write_checkpoint` has made."""
+    return settings.subject().path or str(Path(settings.folder) / "model")
+
+
+def write_checkpoint(settings: Settings) -> None:
+    """Make the checkpoint of a subject that has none, once."""
+    settings.subject().make(Path(settings.folder) / "model", settings.torch_dtype)
+
+
+def feeds(settings: Settings, model: PreTrainedModel) -> list[Feed]:
+    """The micro-batches, on the model's device: the caller's, or random ids, the second of them padded on the left.
+
+    Raises `ShardwiseError` for a model that takes no ids, where no inputs were given.
+    """
+    given = torch.load(settings.inputs) if settings.inputs else _made(settings, model)
+    return [{name: tensor.to(model.device) for name, tensor in feed.items()} for feed in given]
+
+
+def _made(settings: Settings, model: PreTrainedModel) -> list[Feed]:
+    if model.main_input_name != "input_ids":
+        raise ShardwiseError(
+            describe(
+                f"{type(model).__name__} takes {model.main_input_name}, and only input_ids can be made up.",
+                either=["shardwise.verify(..., inputs=[{...}, ...]), a dict of tensors for each micro-batch"],
+            )
+        )
+    text = model.config.get_text_config()
+    special = _special_ids(model.config) | _special_ids(text)
+    usable = torch.tensor([i for i in range(min(_FIRST_ID, text.vocab_size - 1), text.vocab_size) if i not in special])
+    draw, made = torch.Generator().manual_seed(settings.seed + 7), []
+    for number in range(settings.micro_batches):
+        ids = usable[torch.randint(len(usable), (settings.batch, settings.sequence), generator=draw)]
+        mask, labels = torch.ones_like(ids), ids.clone()
+        if number == 1:
+            padded = settings.sequence // 4
+            mask[0, :padded], labels[0, :padded] = 0, -100
+        made.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
+    return made
+
+
+def _special_ids(config: PreTrainedConfig) -> set[int]:
+    named = {name: value for name, value in vars(config).items() if name.endswith(("_token_id", "_token_index"))}
+    return {value for value in named.values() if isinstance(value, int)}
+
+
+def _config(path: str) -> PreTrainedConfig:
+    """The checkpoint's config with every dropout at zero: one process and a rank would not drop the same elements."""
+    config = copy.deepcopy(AutoConfig.from_pretrained(path))
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        for name, value in list(vars(part).items()) if isinstance(part, PreTrainedConfig) else ():
+            if _is_rate(name, value):
+                setattr(part, name, 0.0)
+    return config
+
+
+def _without_dropout(model: Any) -> Any:
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if _is_rate(name, value):
+                setattr(module, name, 0.0)
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+    return model
+
+
+def _is_rate(name: str, value: object) -> bool:
+    return ("drop" in name or "jitter" in name) and isinstance(value, float)
+
+
+def _import_file(path: Path) -> None:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None or not path.exists():
+        raise ImportError("there is no such file")
+    if path.stem not in sys.modules:
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[path.stem] = module
+        spec.loader.exec_module(module)

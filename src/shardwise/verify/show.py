@@ -1,0 +1,147 @@
+"""A verification to read: in the terminal, and as a page."""
+
+from __future__ import annotations
+
+import math
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from shardwise.report import Page, Section, as_text
+from shardwise.verify.result import Check, Culprit, Verification
+
+WIDTH = 100
+
+
+def report(result: Verification) -> str:
+    """The report as text of a fixed width, without colours."""
+    return as_text(renderable(result), width=WIDTH)
+
+
+def renderable(result: Verification) -> RenderableType:
+    """The report for a console: checks, verdict, and where something differs, the culprit."""
+    facts = Table.grid(padding=(0, 2))
+    for name, value in result.facts:
+        facts.add_row(Text(name, "dim"), Text(value))
+    parts: list[RenderableType] = [Text.assemble(("shardwise verify  ", "bold"), result.title), facts, "", _checks(result), ""]
+    parts.append(_verdict(result))
+    parts += [Text(note, "dim") for note in result.notes]
+    if result.culprit is not None:
+        parts += ["", _culprit(result.culprit)]
+    return Group(*parts)
+
+
+def page(result: Verification) -> Page:
+    """The report as a page that stands alone."""
+    sections = []
+    if (culprit := result.culprit) is not None:
+        sections.append(_culprit_section(culprit))
+        if culprit.hypotheses:
+            sections.append(_hypotheses_section(culprit))
+        if culprit.numbers:
+            sections.append(Section("Numbers", "Where they differ most.", ("", "value"), culprit.numbers))
+    rows = [(_mark(c), c.name, number(c.measured), _bound(c), c.unit, c.place, c.reason) for c in result.checks]
+    headings = ("", "check", "measured", "at most", "", "where", "why this bound")
+    sections.append(Section("Checks", "", headings, rows))
+    sections.append(Section("What was verified", "", ("", ""), result.facts))
+    if result.notes:
+        sections.append(Section("To know", "\n".join(result.notes)))
+    return Page(f"shardwise verify: {result.title}", _verdict(result).plain, result.passed, sections)
+
+
+def number(value: float | None) -> str:
+    """A measured number, as short as it can be."""
+    if value is None:
+        return "-"
+    if math.isnan(value):
+        return "none"
+    if value == 0 or (float(value).is_integer() and abs(value) < 1e6):
+        return f"{value:g}"
+    return f"{value:.2f}" if 0.1 <= abs(value) < 1000 else f"{value:.1e}"
+
+
+def _checks(result: Verification) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("")
+    table.add_column("")
+    table.add_column("measured", justify="right", no_wrap=True)
+    table.add_column("at most", justify="right", no_wrap=True)
+    table.add_column("", overflow="fold", style="dim")
+    for check in result.checks:
+        said = check.reason if check.measured is None else check.place if not check.passed else ""
+        mark = Text(_mark(check), "yellow" if check.measured is None else "green" if check.passed else "bold red")
+        table.add_row(mark, check.name, number(check.measured), _bound(check), said)
+    return table
+
+
+def _verdict(result: Verification) -> Text:
+    failed, count = len(result.failed), sum(check.measured is not None for check in result.checks)
+    took = f", {result.seconds:.0f} s" if result.seconds else ""
+    if not failed:
+        return Text.assemble(
+            (f"All {count} checks hold", "bold green"), f"{took}: the ranks compute what one process computes."
+        )
+    return Text.assemble((f"{failed} of {count} checks fail", "bold red"), f"{took}.")
+
+
+def _culprit(culprit: Culprit) -> RenderableType:
+    fitting = culprit.explanation
+    headline = Text.assemble(
+        ("first to differ  ", "dim"), (culprit.module or "(the model itself)", "bold red"), f"  {culprit.what}"
+    )
+    facts = Table.grid(padding=(0, 2))
+    for name, value in _facts(culprit):
+        facts.add_row(Text(name, "dim"), Text(value))
+    parts: list[RenderableType] = [headline, facts]
+    if culprit.hypotheses:
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+        table.add_column("")
+        table.add_column("if it were")
+        table.add_column("error left", justify="right", no_wrap=True)
+        table.add_column("that is", overflow="fold", style="dim")
+        for one in culprit.hypotheses:
+            style = "bold green" if one is fitting else "green" if one.fits else ""
+            table.add_row(
+                Text("→" if one is fitting else "✓" if one.fits else "", style),
+                Text(one.name, style),
+                Text(number(one.remaining), style),
+                one.means,
+            )
+        parts += ["", table]
+    says = f"It is: {fitting.name}." if fitting else "None of these explains the numbers."
+    parts += ["", Text(says, "bold")] if culprit.hypotheses else []
+    if culprit.note:
+        parts.append(Text(culprit.note))
+    if culprit.way_on:
+        parts += ["", Text("from here", "dim"), *(Text(f"  {line}") for line in culprit.way_on)]
+    return Group(*parts)
+
+
+def _facts(culprit: Culprit) -> list[tuple[str, str]]:
+    found = [("in", culprit.phase), ("style", culprit.style)]
+    if culprit.shape:
+        found.append(("shape", " x ".join(map(str, culprit.shape))))
+    if culprit.error is not None:
+        found.append(("error", f"{number(culprit.error)}, at most {number(culprit.bound)}"))
+    return [*found, *culprit.numbers]
+
+
+def _culprit_section(culprit: Culprit) -> Section:
+    fitting = culprit.explanation
+    words = f"{fitting.name}: {fitting.means}." if fitting else ""
+    text = "\n".join(filter(None, (words, culprit.note, *culprit.way_on)))
+    return Section(f"First to differ: {culprit.module or 'the model itself'}, {culprit.what}", text, ("", ""), _facts(culprit))
+
+
+def _hypotheses_section(culprit: Culprit) -> Section:
+    rows = [("fits" if h.fits else "", h.name, number(h.remaining), h.means) for h in culprit.hypotheses]
+    return Section("What would explain it", "", ("", "if it were", "error left", "that is"), rows)
+
+
+def _mark(check: Check) -> str:
+    return "–" if check.measured is None else "✓" if check.passed else "✗"
+
+
+def _bound(check: Check) -> str:
+    return "" if check.measured is None else number(check.bound)
