@@ -14,7 +14,7 @@ import shardwise
 from shardwise.cli.app import app
 from shardwise.errors import ShardwiseError, describe
 from shardwise.verify.settings import DTYPES
-from shardwise.verify.show import renderable
+from shardwise.verify.show import WIDTH, renderable
 
 
 @app.command()
@@ -61,7 +61,9 @@ def verify(
         timeout=timeout,
     )
     if int(os.environ.get("RANK", "0")) == 0:
-        Console(highlight=False).print(renderable(result))
+        console = Console(highlight=False)
+        console = console if console.is_terminal else Console(highlight=False, width=WIDTH)
+        console.print(renderable(result))
         if html is not None:
             html.write_text(result.to_html(), encoding="utf-8")
             typer.echo(f"Written to {html}.")

@@ -1,4 +1,4 @@
-"""A process of a verification: `python -m shardwise.verify rank|one|exact SETTINGS`."""
+"""A process of a verification: `python -m shardwise.verify rank|one|exact|recorded SETTINGS`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.distributed as dist
 from shardwise.errors import ShardwiseError
 from shardwise.launch import follow_parent
 from shardwise.quiet import quiet
-from shardwise.verify.one import one_process
+from shardwise.verify.one import one_process, record_one
 from shardwise.verify.run import leave_result, run_rank
 from shardwise.verify.settings import Settings
 
@@ -18,11 +18,13 @@ if __name__ == "__main__":
     job, settings = sys.argv[1], Settings.from_json(sys.argv[2])
     try:
         with quiet():
-            if job != "rank":
+            if job == "recorded":
+                record_one(settings)
+            elif job != "rank":
                 one_process(settings, job)
-            elif (result := run_rank(settings)) and dist.get_rank() == 0:
-                leave_result(settings, result)
-            if job == "rank":
-                dist.barrier()
+            else:
+                result = run_rank(settings)
+                if dist.get_rank() == 0:
+                    leave_result(settings, result)
     except ShardwiseError as error:
         sys.exit(f"{type(error).__name__}: {error}")

@@ -1,21 +1,20 @@
-"""What every rank does: load, train some micro-batches, generate, save; and the checks that the first one makes of it."""
+"""What every rank does: load, train some micro-batches, generate, save; and the checks of what comes of it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from shardwise.errors import MissingRankError
 from shardwise.parallelize import required_state
-from shardwise.rendezvous import meet_ranks
 from shardwise.verify.compare import (
     Measure,
+    Tensors,
     comparison,
     differing_replicas,
     held_in_common,
@@ -24,22 +23,11 @@ from shardwise.verify.compare import (
     worst,
 )
 from shardwise.verify.load import Feed, checkpoint, feeds, load_sharded
-from shardwise.verify.measure import Generated, generate, save, step, why_not_generate
+from shardwise.verify.measure import Found, Generated, generate, save, step, why_not_generate
 from shardwise.verify.one import generated_by_one, numbers_of, saved_by_one
 from shardwise.verify.result import Check
 from shardwise.verify.settings import Settings
-
-T = TypeVar("T")
-
-_TOGETHER_SECONDS = 10.0
-
-
-@dataclass(frozen=True)
-class Raised:
-    """What all ranks raised together, and in which phase."""
-
-    phase: str
-    message: str
+from shardwise.verify.together import Raised, together
 
 
 @dataclass
@@ -52,6 +40,10 @@ class Findings:
         tokens: rows that differ, and rows that differ by a tie.
         saved: keys that differ.
         raised: where it ended, if it did.
+        common: pieces that ranks hold in common.
+        accumulation: a parameter whose gradient is wrong only when it accumulates, and it, the ranks' and the right one, after
+            each micro-batch.
+        earlier: the ranks' and the right gradients after the last micro-batch, while all are right.
         skipped: why a check does not apply, by its name.
     """
 
@@ -64,6 +56,8 @@ class Findings:
     raised: Raised | None = None
     skipped: dict[str, str] = field(default_factory=dict)
     common: int = 0
+    earlier: tuple[Tensors, Tensors] | None = None
+    accumulation: tuple[str, list[Tensor], list[Tensor]] | None = None
 
 
 def measure_ranks(settings: Settings) -> Findings:
@@ -74,17 +68,17 @@ def measure_ranks(settings: Settings) -> Findings:
     called = torch.compile(model) if settings.compiled else model
     _compare_common(found, model, "weight of ", lambda p: p.detach())
     for number, feed in enumerate(given):
-        problem = _together("training", lambda feed=feed, number=number: _train(settings, found, model, called, feed, number))
+        problem = together("training", lambda feed=feed, number=number: _train(settings, found, model, called, feed, number))
         if isinstance(problem, Raised):
             found.raised = problem
             return found
     model.zero_grad()
     _generate(settings, found, model, given[0])
     if found.raised is None:
-        problem = _together("saving", lambda: save(model, _saved(settings)))
+        problem = together("saving", lambda: save(model, saved_by_ranks(settings)))
         found.raised = problem if isinstance(problem, Raised) else None
         if found.raised is None and dist.get_rank() == 0:
-            found.saved = saved_differences(_saved(settings), saved_by_one(settings))
+            found.saved = saved_differences(saved_by_ranks(settings), saved_by_one(settings))
     return found
 
 
@@ -97,12 +91,12 @@ def make_checks(settings: Settings, found: Findings) -> list[Check]:
         _check("loss", found.losses, compare.unit, reason),
     ]
     for number in range(max(len(found.gradients), 1)):
-        batches = f"{number + 1} micro-batch{'es, accumulated' if number else ''}"
+        batches = f"{number + 1} micro-batch{'es' if number else ''}"
         checks.append(_check(f"gradients, {batches}", found.gradients[number : number + 1], compare.unit, reason))
     count = len(found.replicas)
     checks.append(
         Check(
-            "replicas that differ between ranks",
+            "replicas that differ",
             float(count),
             0,
             f"of {found.common}",
@@ -129,13 +123,29 @@ def _train(settings: Settings, found: Findings, model: Any, called: nn.Module, f
     assert ours.gradients is not None
     assert one.gradients is not None
     found.gradients.append(compare.gradients(ours.gradients, one.gradients, exact.gradients if exact else None))
+    _keep_accumulation(found, ours, one)
+
+
+def _keep_accumulation(found: Findings, ours: Found, one: Found) -> None:
+    """Of the parameter that is wrong first, what is needed to tell why it is so only when it accumulates."""
+    assert ours.gradients is not None
+    assert one.gradients is not None
+    *before, last = found.gradients
+    if last.value <= last.bound or not all(m.value <= m.bound for m in before):
+        found.earlier = (ours.gradients, one.gradients)
+        return
+    name = last.place
+    if found.earlier is not None and all(name in each for each in (*found.earlier, ours.gradients, one.gradients)):
+        mine, right = found.earlier
+        found.accumulation = (name, [mine[name], ours.gradients[name]], [right[name], one.gradients[name].clone()])
+    found.earlier = None
 
 
 def _generate(settings: Settings, found: Findings, model: Any, prompt: Feed) -> None:
     if why := why_not_generate(model):
         found.skipped["tokens"] = why
         return
-    made = _together("generate", lambda: generate(model, prompt, settings.new_tokens))
+    made = together("generate", lambda: generate(model, prompt, settings.new_tokens))
     if isinstance(made, Raised):
         found.raised = made
         return
@@ -155,31 +165,23 @@ def _compare_common(found: Findings, model: nn.Module, what: str, read: Callable
     found.replicas += [what + name for name in differing_replicas(everyone) if what + name not in found.replicas]
 
 
-def _together(phase: str, run: Callable[[], T]) -> T | Raised:
-    """What `run` gives, or what it raised, where it did on all ranks. Collective, then. Raises what only some ranks raised."""
-    try:
-        return run()
-    except Exception as error:
-        try:
-            meet_ranks(range(dist.get_world_size()), f"verify: {phase} failed", _TOGETHER_SECONDS)
-        except MissingRankError:
-            raise error from None
-        return Raised(phase, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-
-
 def _check(name: str, measures: Sequence[Measure], unit: str, reason: str) -> Check:
     if not measures:
-        return Check(name, float("nan"), 0, unit, "it was not reached")
+        return _not_reached(name)
     measure = worst(measures)
     return Check(name, measure.value, measure.bound, unit, reason, measure.place)
 
 
+def _not_reached(name: str) -> Check:
+    return Check(name, None, 0, "", "not reached", reached=False)
+
+
 def _tokens_check(settings: Settings, found: Findings) -> Check:
-    name = "generated tokens, rows that differ"
+    name = "generated rows that differ"
     if why := found.skipped.get("tokens"):
         return Check(name, None, 0, "", why)
     if found.tokens is None:
-        return Check(name, float("nan"), 0, "", "it was not reached")
+        return _not_reached(name)
     differ, ties = found.tokens
     reason = "noise does not change the likeliest token"
     if ties:
@@ -190,11 +192,12 @@ def _tokens_check(settings: Settings, found: Findings) -> Check:
 def _saved_check(found: Findings) -> Check:
     name, keys = "saved tensors that differ", found.saved
     if keys is None:
-        return Check(name, float("nan"), 0, "", "it was not reached")
+        return _not_reached(name)
     return Check(name, float(len(keys)), 0, "", "save_pretrained writes the bytes that one process writes", ", ".join(keys[:3]))
 
 
-def _saved(settings: Settings) -> Path:
+def saved_by_ranks(settings: Settings) -> Path:
+    """Where the ranks save."""
     return Path(settings.folder) / "saved by ranks"
 
 
@@ -203,13 +206,3 @@ _REASONS = {
     "Exact": "the same sums in another order: a lost or doubled term is 1e-2 at least",
     "Rounded": "more roundings, one for each part of a sum; a lost or doubled term is tens of them",
 }
-
-
-def verify_on_ranks(settings: Settings) -> Any:
-    """The checks, and where one does not hold, the culprit: on the first rank; None on the others. Collective."""
-    from shardwise.verify.result import Verification
-
-    found = measure_ranks(settings)
-    if dist.get_rank() > 0:
-        return None
-    return Verification(settings.model, (), tuple(make_checks(settings, found)))

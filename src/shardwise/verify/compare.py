@@ -183,6 +183,16 @@ def saved_differences(given: Path, expected: Path) -> list[str]:
     return sorted(odd)
 
 
+def saved_tensor(folder: Path, key: str) -> Tensor | None:
+    """A tensor of a saved checkpoint; None where there is none of that name."""
+    file = _keys(folder).get(key)
+    if file is None:
+        return None
+    with safe_open(file, "pt") as opened:
+        found: Tensor = opened.get_tensor(key)
+    return found
+
+
 def held_in_common(model: nn.Module, read: Callable[[nn.Parameter], Tensor | None]) -> dict[str, str]:
     """A digest of everything that this rank holds in common with others, by the parameter's name and where the piece starts.
 

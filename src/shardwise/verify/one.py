@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from shardwise.verify.load import checkpoint, feeds, import_styles, load_whole, write_checkpoint
-from shardwise.verify.measure import Found, Generated, generate, save, step, why_not_generate
+from shardwise.verify.measure import Found, Generated, forward, generate, save, step, why_not_generate
+from shardwise.verify.record import Recorder
 from shardwise.verify.settings import Settings
 
 
@@ -33,6 +34,15 @@ def one_process(settings: Settings, what: str) -> None:
             torch.save(asdict(generate(model, given[0], settings.new_tokens)), Path(settings.folder) / "generated.pt")
         model.zero_grad()
         save(model, saved_by_one(settings))
+
+
+def record_one(settings: Settings) -> None:
+    """Leave what every module gives in the micro-batch that the settings name, forward and backward, in float32."""
+    import_styles(settings)
+    model = load_whole(settings, checkpoint(settings), torch.float32)
+    with Recorder(model, settings.entered) as recorder:
+        forward(model, model, feeds(settings, model)[settings.recorded])[1].backward()
+    recorder.save(Path(settings.folder) / "recorded by one.pt")
 
 
 def numbers_of(settings: Settings, what: str, number: int) -> Found:

@@ -16,11 +16,12 @@ class Check:
 
     Attributes:
         name: what was compared.
-        measured: the number; None where the check does not apply.
+        measured: the number; None where there is none, for the given reason.
         bound: the largest that is accepted; 0 where two things must be the same.
         unit: of both: "" for a relative error, or what is counted.
         reason: why this bound, or why the check does not apply.
         place: of the largest difference: a parameter, a key, a position.
+        reached: the ranks came so far. What was not reached does not hold.
     """
 
     name: str
@@ -29,11 +30,12 @@ class Check:
     unit: str
     reason: str
     place: str = ""
+    reached: bool = True
 
     @property
     def passed(self) -> bool:
         """Whether it holds, or does not apply. What is not a number does not hold."""
-        return self.measured is None or self.measured <= self.bound
+        return self.reached and (self.measured is None or self.measured <= self.bound)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from shardwise.mesh import tp_mesh
 from shardwise.quiet import quiet
 from shardwise.rendezvous import meet_ranks
 from shardwise.sequence import with_sequence
-from shardwise.verify.checks import verify_on_ranks
+from shardwise.verify.judge import verify_on_ranks
 from shardwise.verify.load import import_styles
 from shardwise.verify.result import Verification
 from shardwise.verify.settings import Settings

@@ -30,6 +30,7 @@ class Settings:
         inputs: file with the micro-batches that the caller gave; None to make them.
         imports: modules, or files, that register styles: imported by every process first.
         styles: name, module and class of parallel styles to register.
+        recorded, entered: for the search: which micro-batch is recorded, and the modules whose inputs are.
         folder: where the processes leave what they find for each other.
         timeout: seconds.
     """
@@ -52,6 +53,8 @@ class Settings:
     inputs: str | None = None
     imports: tuple[str, ...] = ()
     styles: tuple[tuple[str, str, str], ...] = ()
+    recorded: int = 0
+    entered: tuple[str, ...] = ()
     folder: str = ""
     timeout: float = 900.0
 
@@ -85,4 +88,5 @@ class Settings:
         """The settings that `to_json` made `text` of."""
         values = json.loads(text)
         styles = tuple((name, module, kind) for name, module, kind in values["styles"])
-        return cls(**{**values, "imports": tuple(values["imports"]), "styles": styles})
+        lists = {name: tuple(values[name]) for name in ("imports", "entered")}
+        return cls(**{**values, **lists, "styles": styles})

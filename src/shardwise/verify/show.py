@@ -55,7 +55,7 @@ def number(value: float | None) -> str:
     if value is None:
         return "-"
     if math.isnan(value):
-        return "none"
+        return "not a number"
     if value == 0 or (float(value).is_integer() and abs(value) < 1e6):
         return f"{value:g}"
     return f"{value:.2f}" if 0.1 <= abs(value) < 1000 else f"{value:.1e}"
@@ -64,19 +64,20 @@ def number(value: float | None) -> str:
 def _checks(result: Verification) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     table.add_column("measured", justify="right", no_wrap=True)
     table.add_column("at most", justify="right", no_wrap=True)
     table.add_column("", overflow="fold", style="dim")
     for check in result.checks:
         said = check.reason if check.measured is None else check.place if not check.passed else ""
-        mark = Text(_mark(check), "yellow" if check.measured is None else "green" if check.passed else "bold red")
+        mark = Text(_mark(check), "bold red" if not check.passed else "yellow" if check.measured is None else "green")
         table.add_row(mark, check.name, number(check.measured), _bound(check), said)
     return table
 
 
 def _verdict(result: Verification) -> Text:
-    failed, count = len(result.failed), sum(check.measured is not None for check in result.checks)
+    failed = len(result.failed)
+    count = failed + sum(check.passed and check.measured is not None for check in result.checks)
     took = f", {result.seconds:.0f} s" if result.seconds else ""
     if not failed:
         return Text.assemble(
@@ -140,7 +141,7 @@ def _hypotheses_section(culprit: Culprit) -> Section:
 
 
 def _mark(check: Check) -> str:
-    return "–" if check.measured is None else "✓" if check.passed else "✗"
+    return "✗" if not check.passed else "–" if check.measured is None else "✓"
 
 
 def _bound(check: Check) -> str:

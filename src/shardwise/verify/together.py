@@ -1,0 +1,36 @@
+"""Something that all ranks try, and that may raise on all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from shardwise.errors import MissingRankError
+from shardwise.rendezvous import meet_ranks
+
+T = TypeVar("T")
+
+_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Raised:
+    """What all ranks raised together, and in which phase."""
+
+    phase: str
+    message: str
+
+
+def together(phase: str, run: Callable[[], T]) -> T | Raised:
+    """What `run` gives, or what it raised, where it did on all ranks. Collective, then. Raises what only some ranks raised."""
+    try:
+        return run()
+    except Exception as error:
+        try:
+            meet_ranks(range(dist.get_world_size()), f"verify: {phase} failed", _SECONDS)
+        except MissingRankError:
+            raise error from None
+        return Raised(phase, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
