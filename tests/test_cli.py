@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import shardwise
 from shardwise import cli
 from shardwise.demo.settings import Settings
+from shardwise.verify import Check, Verification
 
 OPTIONS = {
     (): {"--version", "--help"},
@@ -35,6 +36,10 @@ OPTIONS = {
     ("profile",): {
         *("--tp", "--compile", "--against", "--random", "--layers", "--mode", "--dtype", "--batch", "--sequence"),
         *("--steps", "--warmup", "--stacks", "--output", "--help"),
+    },
+    ("verify",): {
+        *("--tp", "--ep", "--dtype", "--compile", "--layers", "--random", "--plan", "--import", "--sequence-parallel"),
+        *("--batch", "--sequence", "--timeout", "--html", "--json", "--help"),
     },
 }
 
@@ -68,7 +73,7 @@ def test_options_are_these(command: tuple[str, ...]) -> None:
 def test_commands_are_these() -> None:
     """Guards: a command that appears or vanishes without anyone deciding so."""
     commands = {command.name or command.callback.__name__ for command in cli.app.registered_commands}
-    assert commands == {"demo", "generate", "plan", "profile"}
+    assert commands == {"demo", "generate", "plan", "profile", "verify"}
 
 
 def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,6 +135,29 @@ def test_a_failed_check_is_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(cli.demo, "start", lambda settings, code=code: asked.append(settings) or code)
         assert run(monkeypatch, "demo", "--fast", "--steps", 12) == code
     assert asked == [Settings(tp=2, steps=12, fast=True)] * 2
+
+
+def test_verify_answers_by_its_exit_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards: a failed verification that leaves with 0, options that do not arrive, a plan that is no plan."""
+    asked: list[dict[str, object]] = []
+    for measured, code in ((0.0, 0), (1.0, 1)):
+        result = Verification("a model", (), (Check("logits", measured, 1e-4, "", "noise"),))
+        monkeypatch.setattr(shardwise, "verify", lambda *_, result=result, **options: asked.append(options) or result)
+        assert run(monkeypatch, "verify", "llama", "--random", "--ep", 2, "--layers", 3, "--dtype", "bfloat16") == code
+    assert {key: asked[1][key] for key in ("random", "ep_size", "layers", "dtype", "compile")} == {
+        "random": True,
+        "ep_size": 2,
+        "layers": 3,
+        "dtype": "bfloat16",
+        "compile": False,
+    }
+    capsys.readouterr()
+    for text in ("[1]", "{", '{"a": 1}'):
+        (tmp_path / "plan.json").write_text(text)
+        assert run(monkeypatch, "verify", "llama", "--random", "--plan", tmp_path / "plan.json") == 1
+        assert "it has to be a JSON object" in capsys.readouterr().err
 
 
 def test_torchrun_decides_the_size(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

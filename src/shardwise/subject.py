@@ -9,11 +9,11 @@ from difflib import get_close_matches
 from pathlib import Path
 
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from shardwise import tiny
 from shardwise.errors import ShardwiseError, describe
-from shardwise.hf import auto_class_of
+from shardwise.hf import build
 
 _DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
@@ -36,15 +36,8 @@ class Subject:
         """The checkpoint to load: its own, or one with random weights of `dtype`, written to `folder`."""
         if self.path is not None:
             return self.path
-        tiny.randomised(lambda: self._empty(dtype)).save_pretrained(folder)
+        tiny.randomised(lambda: build(self.config, dtype)).save_pretrained(folder)
         return str(folder)
-
-    def _empty(self, dtype: torch.dtype) -> PreTrainedModel:
-        auto = auto_class_of(self.config)
-        if auto is AutoModelForCausalLM:
-            return tiny.empty(self.config, dtype)
-        model: PreTrainedModel = auto.from_config(self.config, dtype=dtype)
-        return model
 
 
 def find(model: str, *, random: bool = False, layers: int | None = None) -> Subject:
@@ -66,7 +59,7 @@ def find(model: str, *, random: bool = False, layers: int | None = None) -> Subj
                     either=["--random: a tiny model of this type with random weights, or", "a directory or a hub id"],
                 )
             )
-        config = tiny.config(model)
+        config = tiny.config(tiny.PARTS.get(model, model))
     else:
         config = find_config(model)
     if layers is not None:

@@ -68,13 +68,10 @@ OURS = (
 )
 """Types to which shardwise gives a plan, transformers none."""
 
-TEXT = {"emu3": "emu3_text_model"}
-"""Of types whose causal-LM class is that of a part: the part."""
-
 
 def build(name: str, **options: object) -> PreTrainedModel:
     """The tiny model in float32, the same in every process, with these options of its config besides those it needs."""
-    model = tiny.build(TEXT.get(name, name), **options)
+    model = tiny.build(tiny.PARTS.get(name, name), **options)
     pad = getattr(model.config, "pad_token_id", None)
     if name == "youtu" and pad is not None:  # loading zeroes the pad token's row, so a checkpoint saved again has zeros there
         with torch.no_grad():
@@ -84,13 +81,13 @@ def build(name: str, **options: object) -> PreTrainedModel:
 
 def on_meta(name: str, **options: object) -> PreTrainedModel:
     """The model of `build` without memory."""
-    return tiny.on_meta(TEXT.get(name, name), **options)
+    return tiny.on_meta(tiny.PARTS.get(name, name), **options)
 
 
 def fields(name: str) -> dict[str, object]:
     """What the tiny config says, by field, without what differs between layers."""
-    config, found = tiny.config(TEXT.get(name, name)), {}
-    for key in sorted(tiny.known(TEXT.get(name, name))):
+    config, found = tiny.config(tiny.PARTS.get(name, name)), {}
+    for key in sorted(tiny.known(tiny.PARTS.get(name, name))):
         try:
             found[key] = getattr(config, key)
         except (AttributeError, RuntimeError):

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Annotated
 
+import torch.distributed as dist
 import typer
 from rich.console import Console
 
@@ -70,6 +71,8 @@ def verify(
         if json_file is not None:
             json_file.write_text(result.to_json(), encoding="utf-8")
             typer.echo(f"Written to {json_file}.")
+    if dist.is_initialized():
+        dist.barrier()  # torchrun ends the others as soon as one of them leaves with another code than 0
     raise typer.Exit(0 if result.passed else 1)
 
 

@@ -15,17 +15,18 @@ from shardwise.hf.adapters import AdaptersSeen, load_adapter, save_adapter
 from shardwise.hf.auto import attach_generation_config, refuse_quantized, resolve_model_class
 from shardwise.hf.load import load_lazily
 from shardwise.hf.recording import hidden_states_are_recorded
-from shardwise.hf.rules import auto_class_of, base_prefixes, build_on_meta, check_head, has_expert_plan, model_rules
+from shardwise.hf.rules import base_prefixes, build, build_on_meta, check_head, class_of, has_expert_plan, model_rules
 from shardwise.hf.saving import checkpoint_tensors, description_files
 
 __all__ = [
     "AdaptersSeen",
     "attach_generation_config",
-    "auto_class_of",
     "base_prefixes",
+    "build",
     "build_on_meta",
     "check_head",
     "checkpoint_tensors",
+    "class_of",
     "description_files",
     "has_expert_plan",
     "hidden_states_are_recorded",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 import torch
+import transformers
 from torch import nn
 from transformers import (
     AutoModel,
@@ -124,19 +125,28 @@ def build_on_meta(config: PreTrainedConfig) -> nn.Module:
 
     Raises `PlanError` where transformers has none.
     """
-    auto = auto_class_of(config)
     with torch.device("meta"):
-        model: nn.Module = auto.from_config(config)
-    return model
+        return build(config)
 
 
-def auto_class_of(config: PreTrainedConfig) -> Any:
-    """The Auto class of transformers by which a tool makes or loads the model of `config`: see `build_on_meta`.
+def build(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model of `config`, as transformers initialises it: of the class that `build_on_meta` says."""
+    kind = class_of(config)
+    made: PreTrainedModel = (kind._from_config if issubclass(kind, PreTrainedModel) else kind.from_config)(config, dtype=dtype)
+    return made
+
+
+def class_of(config: PreTrainedConfig) -> Any:
+    """The class of transformers by which a tool makes or loads the model of `config`: an Auto class, see `build_on_meta`, or
+    where none knows the config, the class that its `architectures` name.
 
     Raises `PlanError` where transformers has none.
     """
     known = [auto for auto in _AUTO_CLASSES if type(config) in auto._model_mapping]
     named = [auto for auto in known if auto._model_mapping[type(config)].__name__ in (config.architectures or ())]
+    own = getattr(transformers, (config.architectures or [""])[0] or "none", None)
+    if not known and isinstance(own, type) and issubclass(own, PreTrainedModel):
+        return own
     if not known:
         raise PlanError(
             describe(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -17,6 +18,9 @@ from transformers import (
 )
 
 from shardwise.tiny.sizes import COMMON, TINY
+
+PARTS: Mapping[str, str] = MappingProxyType({"emu3": "emu3_text_model"})
+"""Of types whose causal-LM class is that of a part: the part."""
 
 
 @cache

@@ -107,7 +107,7 @@ TINY: dict[str, dict[str, object]] = {
     },
     "diffllama": {"num_attention_heads": 8, "num_key_value_heads": 4},
     "doge": {"keep_window_size": 6, "is_moe": True, "num_experts": 16},
-    "emu3_text_model": {"attention_dropout": 0.0},
+    "emu3_text_model": {"attention_dropout": 0.0, "architectures": ["Emu3ForCausalLM"]},
     "exaone_moe": DENSE_THEN_SPARSE | {"layer_types": ["sliding_attention", "full_attention"]},
     "flint": {"mlp_only_layers": [0], "layer_types": ["sliding_attention", "full_attention"]},
     "gemma3n_text": {

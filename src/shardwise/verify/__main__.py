@@ -9,7 +9,7 @@ import torch.distributed as dist
 from shardwise.errors import ShardwiseError
 from shardwise.launch import follow_parent
 from shardwise.quiet import quiet
-from shardwise.verify.one import one_process, record_one
+from shardwise.verify.one import one_process
 from shardwise.verify.run import leave_result, run_rank
 from shardwise.verify.settings import Settings
 
@@ -18,13 +18,11 @@ if __name__ == "__main__":
     job, settings = sys.argv[1], Settings.from_json(sys.argv[2])
     try:
         with quiet():
-            if job == "recorded":
-                record_one(settings)
-            elif job != "rank":
-                one_process(settings, job)
-            else:
+            if job == "rank":
                 result = run_rank(settings)
                 if dist.get_rank() == 0:
                     leave_result(settings, result)
+            else:
+                one_process(settings, job)
     except ShardwiseError as error:
         sys.exit(f"{type(error).__name__}: {error}")

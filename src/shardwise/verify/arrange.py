@@ -93,7 +93,11 @@ class CutParameter:
 
     row: ShardSpec
     size: int
-    word = "as the plan cuts the parameter"
+
+    @property
+    def word(self) -> str:
+        """In a sentence."""
+        return f"cut ({self.row.layout})" if self.row.sharded else "the same on every rank"
 
     def whole(self, values: Sequence[Tensor], expected: Tensor) -> list[Tensor]:
         """As `Same.whole`."""
@@ -155,7 +159,7 @@ class Arrangements:
         backward = key.kind.startswith("gradient")
         if key.kind.endswith("input"):
             return self._input(row_of_module, backward)
-        if (key.name, key.call) in self._local:
+        if (key.name, key.call) in self._local or (key.position and self._has_region(key.name)):
             return None
         return self._output(row_of_module, backward)
 
@@ -163,7 +167,8 @@ class Arrangements:
         if row is None:
             return None
         if issubclass(row.style, _TAKE_ALL):
-            return self._everywhere
+            # Of a sequence-parallel model's layers the gradients are summed outside of them.
+            return None if backward and isinstance(self._everywhere, Slices) else self._everywhere
         return self._cut(row, backward) if issubclass(row.style, RowwiseParallel) else None
 
     def _output(self, row: ModuleSpec | None, backward: bool) -> Arrangement | None:
@@ -196,15 +201,19 @@ class Arrangements:
 
     def _close(self, name: str, row: ModuleSpec | None, opened: dict[str, str]) -> None:
         inside = name.rpartition(".")[0] if row is not None and _closes(row.style) else None
-        if inside is None and any(closer.startswith(f"{name}.") for closer in self._closers):
+        if inside is None and self._has_region(name):
             inside = name
         for opener, parent in list(opened.items()) if inside is not None else ():
             if parent == inside or parent.startswith(f"{inside}.") or inside == "":
                 del opened[opener]
 
+    def _has_region(self, name: str) -> bool:
+        """Whether a module has local heads or features inside: what it gives besides its first output may be of these."""
+        return any(closer.startswith(f"{name}.") for closer in self._closers)
+
     def _leaves_parts(self, row: ModuleSpec) -> bool:
         if issubclass(row.style, LocalParamsParallel):
-            return not any(closer.startswith(f"{row.name}.") for closer in self._closers)
+            return not self._has_region(row.name)
         return _gives_parts(row.style) and not issubclass(row.style, MoeIdentityExpert)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def measure_ranks(settings: Settings) -> Findings:
     called = torch.compile(model) if settings.compiled else model
     _compare_common(found, model, "weight of ", lambda p: p.detach())
     for number, feed in enumerate(given):
-        problem = together("training", lambda feed=feed, number=number: _train(settings, found, model, called, feed, number))
+        problem = together("training", partial(_train, settings, found, model, called, feed, number))
         if isinstance(problem, Raised):
             found.raised = problem
             return found
@@ -107,7 +108,7 @@ def make_checks(settings: Settings, found: Findings) -> list[Check]:
     return [*checks, _tokens_check(settings, found), _saved_check(found)]
 
 
-def _train(settings: Settings, found: Findings, model: Any, called: nn.Module, feed: Feed, number: int) -> None:
+def _train(settings: Settings, found: Findings, model: Any, called: Any, feed: Feed, number: int) -> None:
     ours = step(model, called, feed)
     _compare_common(found, model, "gradient of ", lambda p: p.grad)
     everyone: list[Tensor | None] = [None] * dist.get_world_size()
@@ -159,7 +160,8 @@ def _generate(settings: Settings, found: Findings, model: Any, prompt: Feed) -> 
 
 def _compare_common(found: Findings, model: nn.Module, what: str, read: Callable[[nn.Parameter], Tensor | None]) -> None:
     mesh = required_state(model).ep
-    mine, everyone = held_in_common(model, read), [{}] * mesh.size()
+    mine = held_in_common(model, read)
+    everyone: list[dict[str, str]] = [{}] * mesh.size()
     dist.all_gather_object(everyone, mine, group=mesh.get_group())
     found.common = max(found.common, len(mine))
     found.replicas += [what + name for name in differing_replicas(everyone) if what + name not in found.replicas]

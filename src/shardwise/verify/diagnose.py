@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import permutations
 
 import torch
@@ -44,7 +45,8 @@ def tried(found: Difference, name: str, means: str, values: Sequence[Tensor]) ->
 def _sums(found: Difference, size: int) -> Iterator[Hypothesis]:
     wholes = found.arrangement.whole(found.values, found.expected)
     same = [value for value in found.values[:size] if value.shape == found.expected.shape]
-    if len(same) == size and not _is_cut(found):
+    # Ranks that have the same value have no parts of a sum, whatever they add up to.
+    if len(same) == size and not _is_cut(found) and not all(torch.equal(value, same[0]) for value in same):
         total = torch.stack(same).sum(0)
         if found.backward:
             yield tried(
@@ -105,12 +107,12 @@ def _reorderings(size: int) -> Iterator[tuple[str, Callable[[Tensor], Tensor | N
     for order in orders:
         if list(order) != list(range(size)):
             words = f"the ranks' parts stand in the order {', '.join(map(str, order))}"
-            yield words, lambda x, order=order: _in_order(x, order)
-    yield "the ranks' elements are interleaved", lambda x: _transposed(x, size)
-    yield "what is interleaved stands rank by rank", lambda x: _transposed(x, x.shape[-1] // size)
+            yield words, partial(_in_order, order=order)
+    yield "the ranks' elements are interleaved", partial(_transposed, rows=size)
+    yield "what is interleaved stands rank by rank", partial(_ranks_together, size=size)
     for blocks in (2, 3):
         words = f"{blocks} fused matrices are cut straight through"
-        yield words, lambda x, blocks=blocks: _regrouped(x, size, blocks)
+        yield words, partial(_regrouped, size=size, blocks=blocks)
 
 
 def _in_order(x: Tensor, order: Sequence[int]) -> Tensor:
@@ -123,13 +125,19 @@ def _in_order(x: Tensor, order: Sequence[int]) -> Tensor:
 def _transposed(x: Tensor, rows: int) -> Tensor | None:
     if not rows or x.shape[-1] % rows:
         return None
-    return x.unflatten(-1, (-1, rows)).transpose(-1, -2).flatten(-2)
+    found: Tensor = x.unflatten(-1, (-1, rows)).transpose(-1, -2).flatten(-2)
+    return found
+
+
+def _ranks_together(x: Tensor, size: int) -> Tensor | None:
+    return _transposed(x, x.shape[-1] // size)
 
 
 def _regrouped(x: Tensor, size: int, blocks: int) -> Tensor | None:
     if x.shape[-1] % (size * blocks):
         return None
-    return x.unflatten(-1, (size, blocks, -1)).transpose(-2, -3).flatten(-3)
+    found: Tensor = x.unflatten(-1, (size, blocks, -1)).transpose(-2, -3).flatten(-3)
+    return found
 
 
 def _bias(found: Difference, size: int, bias: Tensor | None) -> Iterator[Hypothesis]:

@@ -16,7 +16,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from shardwise import loading
 from shardwise.errors import ShardwiseError, describe
-from shardwise.hf import auto_class_of
+from shardwise.hf import class_of
 from shardwise.layers.registry import register_style
 from shardwise.mesh import local_device
 from shardwise.verify.settings import Settings
@@ -49,16 +49,14 @@ def import_styles(settings: Settings) -> None:
 def load_whole(settings: Settings, path: str, dtype: torch.dtype) -> PreTrainedModel:
     """The ordinary model, in this process, without dropout, in training mode."""
     config = _config(path)
-    model = auto_class_of(config).from_pretrained(path, config=config, dtype=dtype)
+    model = class_of(config).from_pretrained(path, config=config, dtype=dtype)
     return _without_dropout(model.to(local_device(None))).train()
 
 
 def load_sharded(settings: Settings, path: str, dtype: torch.dtype, **changed: Any) -> PreTrainedModel:
     """This rank's part of it. Collective."""
     config = _config(path)
-    model = loading.from_pretrained(
-        auto_class_of(config), path, config=config, dtype=dtype, **{**settings.loading(), **changed}
-    )
+    model = loading.from_pretrained(class_of(config), path, config=config, dtype=dtype, **{**settings.loading(), **changed})
     return _without_dropout(model).train()
 
 
@@ -77,8 +75,9 @@ def feeds(settings: Settings, model: PreTrainedModel) -> list[Feed]:
 
     Raises `ShardwiseError` for a model that takes no ids, where no inputs were given.
     """
-    given = torch.load(settings.inputs) if settings.inputs else _made(settings, model)
-    return [{name: tensor.to(model.device) for name, tensor in feed.items()} for feed in given]
+    given: list[Feed] = torch.load(settings.inputs) if settings.inputs else _made(settings, model)
+    moved: list[Feed] = [{name: tensor.to(model.device) for name, tensor in feed.items()} for feed in given]
+    return moved
 
 
 def _made(settings: Settings, model: PreTrainedModel) -> list[Feed]:
@@ -92,7 +91,8 @@ def _made(settings: Settings, model: PreTrainedModel) -> list[Feed]:
     text = model.config.get_text_config()
     special = _special_ids(model.config) | _special_ids(text)
     usable = torch.tensor([i for i in range(min(_FIRST_ID, text.vocab_size - 1), text.vocab_size) if i not in special])
-    draw, made = torch.Generator().manual_seed(settings.seed + 7), []
+    draw = torch.Generator().manual_seed(settings.seed + 7)
+    made: list[Feed] = []
     for number in range(settings.micro_batches):
         ids = usable[torch.randint(len(usable), (settings.batch, settings.sequence), generator=draw)]
         mask, labels = torch.ones_like(ids), ids.clone()

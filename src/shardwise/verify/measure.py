@@ -90,7 +90,7 @@ def generate(model: PreTrainedModel, feed: Feed, count: int) -> Generated:
         "return_dict_in_generate": True,
     }
     model.eval()
-    result: Any = model.generate(**prompt, **options)  # type: ignore[operator]
+    result: Any = model.generate(**prompt, **options)
     model.train()
     logits = torch.stack([step.float().cpu() for step in result.logits], 1) if result.logits is not None else None
     return Generated(result.sequences[:, -count:].cpu(), logits)

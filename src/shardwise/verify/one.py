@@ -2,43 +2,58 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
+from shardwise.launch import run_as_ranks
 from shardwise.verify.load import checkpoint, feeds, import_styles, load_whole, write_checkpoint
 from shardwise.verify.measure import Found, Generated, forward, generate, save, step, why_not_generate
-from shardwise.verify.record import Recorder
+from shardwise.verify.record import Recorded, Recorder, read
 from shardwise.verify.settings import Settings
 
 
-def one_process(settings: Settings, what: str) -> None:
-    """Compute the numbers of one process, and leave them in the folder.
+def in_own_process(settings: Settings, job: str) -> None:
+    """`one_process`, in a process that is gone afterwards, and its memory with it. Raises `WorkerError` where it fails."""
+    command = [sys.executable, "-m", "shardwise.verify", job, settings.to_json()]
+    run_as_ranks(command, 1, timeout=settings.timeout, show=False)
+
+
+def one_process(settings: Settings, job: str) -> None:
+    """Compute what one process has, and leave it in the folder.
 
     Args:
         settings: of the verification.
-        what: "one": in the dtype that is verified, and what it generates and saves; "exact": of the same weights in float32.
+        job: "one": the numbers in the dtype that is verified, what it generates and what it saves; "exact": the numbers of the
+            same weights in float32; "recorded": what every module gives in one micro-batch, in float32.
     """
     import_styles(settings)
-    if what == "one":
+    if job == "recorded":
+        _record(settings)
+        return
+    if job == "one":
         write_checkpoint(settings)
     model = load_whole(settings, checkpoint(settings), settings.torch_dtype)
-    if what == "exact":
+    if job == "exact":
         model.float()
     given = feeds(settings, model)
     for number, feed in enumerate(given):
-        torch.save(asdict(step(model, model, feed)), _file(settings, what, number))
-    if what == "one":
+        torch.save(asdict(step(model, model, feed)), _file(settings, job, number))
+    if job == "one":
         if not why_not_generate(model):
             torch.save(asdict(generate(model, given[0], settings.new_tokens)), Path(settings.folder) / "generated.pt")
         model.zero_grad()
         save(model, saved_by_one(settings))
 
 
-def record_one(settings: Settings) -> None:
-    """Leave what every module gives in the micro-batch that the settings name, forward and backward, in float32."""
-    import_styles(settings)
+def recorded_by_one(settings: Settings) -> Recorded:
+    """What its modules gave."""
+    return read(Path(settings.folder) / "recorded by one.pt")
+
+
+def _record(settings: Settings) -> None:
     model = load_whole(settings, checkpoint(settings), torch.float32)
     with Recorder(model, settings.entered) as recorder:
         forward(model, model, feeds(settings, model)[settings.recorded])[1].backward()

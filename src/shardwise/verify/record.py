@@ -22,13 +22,13 @@ class Key(NamedTuple):
         kind: what of the module.
         name: path of the module, or of the parameter.
         call: how often the module had been called before.
-        index: which of its inputs or outputs.
+        position: which of its inputs or outputs.
     """
 
     kind: Kind
     name: str
     call: int = 0
-    index: int = 0
+    position: int = 0
 
 
 class Recorder(AbstractContextManager["Recorder"]):
@@ -65,6 +65,9 @@ class Recorder(AbstractContextManager["Recorder"]):
             self.raised_in = self._running[-1][0]
         for handle in self._handles:
             handle.remove()
+        for name, parameter in self._model.named_parameters():  # what hooks of others made of it, in the place of its event
+            if (key := Key("gradient of parameter", name)) in self.events:
+                self._keep(key, parameter.grad)
 
     def save(self, path: Path) -> None:
         """For `read`."""

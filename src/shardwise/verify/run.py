@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from shardwise.api import make_plan
 from shardwise.errors import MeshError, ShardwiseError, describe
@@ -26,10 +26,12 @@ from shardwise.rendezvous import meet_ranks
 from shardwise.sequence import with_sequence
 from shardwise.verify.judge import verify_on_ranks
 from shardwise.verify.load import import_styles
+from shardwise.verify.one import in_own_process
 from shardwise.verify.result import Verification
 from shardwise.verify.settings import Settings
 
 _RESULT = "result.json"
+_MOST_PARAMETERS = 200_000_000
 
 
 def verify(
@@ -113,10 +115,12 @@ def verify(
 def check(settings: Settings) -> None:
     """Raise what is wrong with the settings, before any process is started or any weight is read."""
     import_styles(settings)
-    assert settings.torch_dtype
+    settings.check_dtype()
     if settings.world < 2:
         raise MeshError(f"tp_size={settings.tp}: one rank would be compared with itself. Two or more are needed.")
-    model = build_on_meta(settings.subject().config)
+    subject = settings.subject()
+    model = build_on_meta(subject.config)
+    _check_tiny(settings, model)
     table = make_plan(model, settings.tp, settings.plan, ep_size=settings.ep)
     if settings.sequence_parallel:
         with_sequence(model, table)
@@ -128,21 +132,15 @@ def run_rank(settings: Settings) -> Verification:
     began = time.monotonic()
     tp_mesh(settings.tp, None, settings.ep)
     if dist.get_rank() == 0:
-        run_one(settings, "one")
+        in_own_process(settings, "one")
         if settings.torch_dtype not in (torch.float32, torch.float64):
-            run_one(settings, "exact")
+            in_own_process(settings, "exact")
     meet_ranks(range(dist.get_world_size()), "verify: the numbers of one process", settings.timeout)
     result = verify_on_ranks(settings)
     shared = [replace(result, seconds=time.monotonic() - began) if result is not None else None]
     dist.broadcast_object_list(shared, 0)
     assert shared[0] is not None
     return shared[0]
-
-
-def run_one(settings: Settings, what: str) -> None:
-    """Let one process of its own leave its numbers in the folder: see `shardwise.verify.one`."""
-    command = [sys.executable, "-m", "shardwise.verify", what, settings.to_json()]
-    run_as_ranks(command, 1, timeout=settings.timeout, show=False)
 
 
 def leave_result(settings: Settings, result: Verification) -> None:
@@ -180,6 +178,17 @@ def _size(tp_size: int | None, ep_size: int | None) -> int:
     if tp_size is not None:
         return tp_size
     return int(os.environ["WORLD_SIZE"]) if launched() and ep_size is None else 2
+
+
+def _check_tiny(settings: Settings, model: nn.Module) -> None:
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    if settings.random and settings.model in CONFIG_MAPPING and parameters > _MOST_PARAMETERS:
+        raise ShardwiseError(
+            describe(
+                f"{settings.model}: no tiny sizes of this type are known, and its default ones make {parameters:,} parameters.",
+                either=["a directory with a config.json of your own and --random, or", "fewer layers: --layers"],
+            )
+        )
 
 
 def _set_aside(model: PreTrainedModel, folder: Path) -> str:

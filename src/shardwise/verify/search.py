@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,15 +12,15 @@ import torch
 import torch.distributed as dist
 
 from shardwise.errors import ShardwiseError
-from shardwise.launch import run_as_ranks
 from shardwise.parallelize import required_state
 from shardwise.plan import Plan
-from shardwise.spec import Rule
+from shardwise.spec import ModuleSpec, Rule, ShardSpec
 from shardwise.verify.arrange import Arrangements, entered
 from shardwise.verify.diagnose import hypotheses, ranked
 from shardwise.verify.load import checkpoint, feeds, load_sharded
 from shardwise.verify.locate import Difference, difference_at, first_difference, floor_of
 from shardwise.verify.measure import forward
+from shardwise.verify.one import in_own_process, recorded_by_one
 from shardwise.verify.record import Key, Recorded, Recorder, read
 from shardwise.verify.result import Culprit, Hypothesis
 from shardwise.verify.settings import Settings
@@ -84,10 +83,8 @@ def _record_ranks(settings: Settings, plan: Any, number: int, what: str) -> _Sid
 
 
 def _record_one(settings: Settings, number: int, side: _Side) -> Recorded:
-    job = replace(settings, recorded=number, entered=tuple(entered(side.plan)))
-    command = [sys.executable, "-m", "shardwise.verify", "recorded", job.to_json()]
-    run_as_ranks(command, 1, timeout=settings.timeout, show=False)
-    return read(_file(settings, "one"))
+    in_own_process(replace(settings, recorded=number, entered=tuple(entered(side.plan))), "recorded")
+    return recorded_by_one(settings)
 
 
 def _places(one: Recorded, side: _Side) -> Arrangements:
@@ -111,7 +108,8 @@ def _rules_to_try(settings: Settings, plan: Plan, blamed: str, found: Difference
     if not isinstance(settings.plan, dict):
         return []
     names = {blamed, blamed.rpartition(".")[0], found.key.name, found.key.name.rpartition(".")[0]} - {""}
-    near = [r for r in (*plan.modules, *plan.tensors) if r.name in names or r.name.rpartition(".")[0] in names]
+    rows: list[ModuleSpec | ShardSpec] = [*plan.modules, *plan.tensors]
+    near = [r for r in rows if r.name in names or r.name.rpartition(".")[0] in names]
     used = [row.rule for row in near if row.rule is not None and row.rule.source == "user"]
     return [key for key, style in settings.plan.items() if any(_is(rule, key, style) for rule in used)][:_MOST_RULES]
 
@@ -126,7 +124,7 @@ def _without(
     """What is left of the difference without one of the user's rules: tried, not computed. Collective."""
     assert isinstance(settings.plan, dict)
     rules = {key: style for key, style in settings.plan.items() if key != pattern}
-    name, style = f"the rule {pattern}: {settings.plan[pattern]}", settings.plan[pattern]
+    name = f"the rule {pattern}: {settings.plan[pattern]}"
     try:
         side = _record_ranks(settings, rules or "auto", number, f"without {turn}")
     except ShardwiseError as error:
@@ -140,10 +138,8 @@ def _without(
         remaining = later.error if later is not None else 0.0
     cuts = _recut(plan, side.plan)
     if cuts and remaining <= found.bound:
-        return Hypothesis(
-            "a permuted shard: fused matrices cut straight through", f"{cuts}: measured without it", remaining, True
-        )
-    return Hypothesis(name, f"measured without it, {style} being yours", remaining, remaining <= found.bound)
+        return Hypothesis("a permuted shard: fused blocks cut straight through", f"{cuts}; measured by that", remaining, True)
+    return Hypothesis(name, "measured without this rule of yours", remaining, remaining <= found.bound)
 
 
 def _recut(plan: Plan, other: Plan) -> str:
@@ -182,10 +178,14 @@ def _what(key: Key, blamed: str) -> str:
     if key.kind == "gradient of parameter":
         return f"the gradient of its {key.name.rpartition('.')[2]}"
     if key.name != blamed:
-        return f"what becomes of its output: the input of {key.name}"
+        return f"what becomes of its output: the input of {_last(key.name)}"
     words = {"input": "its input", "output": "its output"}
     words |= {"gradient of input": "the gradient of its input", "gradient of output": "the gradient of its output"}
-    return words[key.kind] + (f" (call {key.call + 1})" if key.call else "")
+    return words[key.kind] + (f" {key.position + 1}" if key.position else "") + (f" (call {key.call + 1})" if key.call else "")
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def _numbers(found: Difference) -> tuple[tuple[str, str], ...]:
@@ -203,11 +203,11 @@ def _numbers(found: Difference) -> tuple[tuple[str, str], ...]:
 
 
 def _note(key: Key, blamed: str, side: _Side, found: Difference) -> str:
-    note = f"It is {found.arrangement.word}, by the plan; everything before it is right."
+    note = f"By the plan it is {found.arrangement.word}. Everything before it, in the order of execution, is right."
     if key.kind == "input" and key.name != blamed:
         note = (
-            f"What {blamed} gives is right, part by part as the plan cuts it; what reaches {key.name} is not. So what lies"
-            " between them reads the parts in another way than they are cut."
+            f"What {blamed} gives is right, part by part as the plan cuts it; what reaches {_last(key.name)} is not:"
+            " what lies between them reads the parts in another way than they are cut."
         )
     if side.raised is not None:
         note += f" The ranks then raise {side.raised.message}."
@@ -217,8 +217,8 @@ def _note(key: Key, blamed: str, side: _Side, found: Difference) -> str:
 def _way_on(key: Key, blamed: str, found: Difference) -> tuple[str, ...]:
     phase = "backward" if found.backward else "forward"
     return (
-        f'with shardwise.break_on("{blamed}", phase="{phase}"): ...   # stop at its collectives',
-        "with shardwise.trace_collectives() as trace: ...              # which collectives there are; print(trace)",
+        f'shardwise.break_on("{blamed}", phase="{phase}")  # stops at its collectives',
+        "with shardwise.trace_collectives() as trace: ...  # writes them down: print(trace)",
     )
 
 

@@ -65,10 +65,13 @@ class Settings:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """`dtype` as torch has it. Raises `ShardwiseError` for one that it has not."""
-        if self.dtype not in DTYPES:
-            raise ShardwiseError(describe(f"dtype={self.dtype!r}: there is no such dtype.", known=", ".join(DTYPES)))
+        """`dtype` as torch has it."""
         return DTYPES[self.dtype]
+
+    def check_dtype(self) -> None:
+        """Raise `ShardwiseError` for a dtype that there is not, or in which nothing can be verified."""
+        if self.dtype not in DTYPES:
+            raise ShardwiseError(describe(f"dtype={self.dtype}: verified can be these.", known=", ".join(DTYPES)))
 
     def subject(self) -> Subject:
         """What `model` names. Raises `ShardwiseError` where there is no such model."""

@@ -110,13 +110,19 @@ def _culprit(culprit: Culprit) -> RenderableType:
                 one.means,
             )
         parts += ["", table]
-    says = f"It is: {fitting.name}." if fitting else "None of these explains the numbers."
-    parts += ["", Text(says, "bold")] if culprit.hypotheses else []
+    if culprit.hypotheses:
+        parts += ["", Text(conclusion(culprit), "bold")]
     if culprit.note:
         parts.append(Text(culprit.note))
     if culprit.way_on:
-        parts += ["", Text("from here", "dim"), *(Text(f"  {line}") for line in culprit.way_on)]
+        parts += ["", *(Text(line, "cyan") for line in culprit.way_on)]
     return Group(*parts)
+
+
+def conclusion(culprit: Culprit) -> str:
+    """Which hypothesis fits, in a sentence."""
+    fitting = culprit.explanation
+    return f"It is {fitting.name}." if fitting else "None of these explains the numbers."
 
 
 def _facts(culprit: Culprit) -> list[tuple[str, str]]:
@@ -124,13 +130,14 @@ def _facts(culprit: Culprit) -> list[tuple[str, str]]:
     if culprit.shape:
         found.append(("shape", " x ".join(map(str, culprit.shape))))
     if culprit.error is not None:
-        found.append(("error", f"{number(culprit.error)}, at most {number(culprit.bound)}"))
+        wrong = number(culprit.error) if math.isfinite(culprit.error) else "another shape, or not a number"
+        found.append(("error", f"{wrong}, at most {number(culprit.bound)}"))
     return [*found, *culprit.numbers]
 
 
 def _culprit_section(culprit: Culprit) -> Section:
     fitting = culprit.explanation
-    words = f"{fitting.name}: {fitting.means}." if fitting else ""
+    words = f"{conclusion(culprit)} {fitting.means[0].upper()}{fitting.means[1:]}." if fitting else conclusion(culprit)
     text = "\n".join(filter(None, (words, culprit.note, *culprit.way_on)))
     return Section(f"First to differ: {culprit.module or 'the model itself'}, {culprit.what}", text, ("", ""), _facts(culprit))
 

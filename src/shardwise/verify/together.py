@@ -24,13 +24,15 @@ class Raised:
     message: str
 
 
-def together(phase: str, run: Callable[[], T]) -> T | Raised:
-    """What `run` gives, or what it raised, where it did on all ranks. Collective, then. Raises what only some ranks raised."""
+def together(phase: str, run: Callable[[], T], seconds: float = _SECONDS) -> T | Raised:
+    """What `run` gives, or what it raised, where it did on all ranks. Collective, then. Raises what only some ranks raised:
+    after some `seconds`, in which the others do not come.
+    """
     try:
         return run()
     except Exception as error:
         try:
-            meet_ranks(range(dist.get_world_size()), f"verify: {phase} failed", _SECONDS)
+            meet_ranks(range(dist.get_world_size()), f"verify: {phase} failed", seconds)
         except MissingRankError:
             raise error from None
         return Raised(phase, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
