@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,6 +66,6 @@ class Page:
 
 
 def is_number(text: str) -> bool:
-    """Whether a cell is set to the right: "1,024", "0.5", "3 %", "-", but no "2 x 3"."""
+    """Whether a cell is set to the right: "1,024", "0.5", "3 %", "1.0e-04", "-", but no "2 x 3"."""
     plain = text.replace(",", "").removesuffix("%").strip()
-    return plain == "-" or plain.removeprefix("-").replace(".", "", 1).isdigit()
+    return plain == "-" or re.fullmatch(r"-?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", plain) is not None

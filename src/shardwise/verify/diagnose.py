@@ -52,7 +52,7 @@ def _sums(found: Difference, size: int) -> Iterator[Hypothesis]:
             yield tried(
                 found,
                 "a missing gradient sum over the ranks",
-                f"the {size} ranks' gradients add up to the right one, and nobody adds them",
+                f"the {size} ranks' gradients add up to the right one; nobody adds them",
                 [total],
             )
         else:
@@ -71,16 +71,14 @@ def _sums(found: Difference, size: int) -> Iterator[Hypothesis]:
 def _parts(found: Difference, size: int) -> Iterator[Hypothesis]:
     values, expected = found.values[:size], found.expected
     if _is_cut(found):
-        yield tried(
-            found, "whole where a part is expected", "every rank has all of it: what gives it does not cut it", list(values)
-        )
+        yield tried(found, "whole where a part is expected", "every rank has all of it: nobody cut it (colwise)", list(values))
         return
     short = [value for value in values if value.dim() == expected.dim() and value.shape[:-1] == expected.shape[:-1]]
     if len(short) == size and values[0].dim() and sum(value.shape[-1] for value in short) == expected.shape[-1]:
         yield tried(
             found,
             "a part where all of it is expected",
-            "the ranks' values next to each other are the right one: they are neither gathered, nor taken as parts (rowwise)",
+            "the ranks' values, side by side, are right: gather them, or take them rowwise",
             [torch.cat(list(values), -1)],
         )
 
@@ -98,7 +96,7 @@ def _permuted(found: Difference, size: int) -> Iterator[Hypothesis]:
             left = max(found.error_of(one.movedim(-1, dim)) for one in changed if one is not None)
             best = min(best, (left, words)) if best is not None else (left, words)
     if best is not None:
-        yield Hypothesis("a permuted shard", f"the right values in another order: {best[1]}", best[0], best[0] <= found.bound)
+        yield Hypothesis("a permuted shard", f"another order: {best[1]}", best[0], best[0] <= found.bound)
 
 
 def _reorderings(size: int) -> Iterator[tuple[str, Callable[[Tensor], Tensor | None]]]:
@@ -149,7 +147,7 @@ def _bias(found: Difference, size: int, bias: Tensor | None) -> Iterator[Hypothe
     yield tried(
         found,
         "a bias added by every rank",
-        f"the difference is {size - 1} x bias: it goes into the sum {size} times, and belongs behind it",
+        f"the difference is {size - 1} x bias: it is {size} times in the sum",
         [whole - (size - 1) * bias for whole in wholes],
     )
     yield tried(found, "a bias that is missing", "the difference is -1 x bias", [whole + bias for whole in wholes])

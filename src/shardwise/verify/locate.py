@@ -59,7 +59,7 @@ def first_difference(one: Recorded, ranks: Sequence[Recorded], places: Arrangeme
         found = difference_at(key, expected, ranks, places, floors[key.kind])
         if found is None:
             continue
-        if found.error > found.bound and not _is_another_call(found, one, ranks, places):
+        if found.error > found.bound and not _is_another_call(found, one):
             if not found.error <= _JUMP * largest:
                 return found
             candidate = candidate or found
@@ -68,11 +68,15 @@ def first_difference(one: Recorded, ranks: Sequence[Recorded], places: Arrangeme
     return candidate
 
 
-def _is_another_call(found: Difference, one: Recorded, ranks: Sequence[Recorded], places: Arrangements) -> bool:
-    """Whether it is what another call of the module gave: a model may loop over a set, in another order in each process."""
-    alike = [key for key in one.events if key != found.key and key._replace(call=found.key.call) == found.key]
-    again = (difference_at(found.key, one.events[key], ranks, places, found.floor) for key in alike)
-    return found.key.kind == "output" and any(other is not None and other.error <= other.bound for other in again)
+def _is_another_call(found: Difference, one: Recorded) -> bool:
+    """Whether each rank's value is what some call of the module gave: a model may loop over a set of kinds of layers, in
+    another order in each process.
+    """
+    if found.key.kind != "output":
+        return False
+    calls = [value for key, value in one.events.items() if key._replace(call=found.key.call) == found.key]
+    wholes = found.arrangement.whole(found.values, found.expected)
+    return all(any(apart(whole, value, found.floor) <= found.bound for value in calls) for whole in wholes)
 
 
 def difference_at(

@@ -138,7 +138,7 @@ def _without(
         remaining = later.error if later is not None else 0.0
     cuts = _recut(plan, side.plan)
     if cuts and remaining <= found.bound:
-        return Hypothesis("a permuted shard: fused blocks cut straight through", f"{cuts}; measured by that", remaining, True)
+        return Hypothesis("a permuted shard: fused blocks cut straight through", f"{cuts}; measured", remaining, True)
     return Hypothesis(name, "measured without this rule of yours", remaining, remaining <= found.bound)
 
 
@@ -150,7 +150,7 @@ def _recut(plan: Plan, other: Plan) -> str:
             continue
         here, there = row.layout.cut(row.shape), right.layout.cut(right.shape)
         if here and there and here[0] == there[0]:
-            return f"your rule cuts {row.name} by {row.layout}, the model's own plan by {right.layout}"
+            return f"{row.layout} by your rule, {right.layout} without it"
     return ""
 
 

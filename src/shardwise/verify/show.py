@@ -39,11 +39,12 @@ def page(result: Verification) -> Page:
         sections.append(_culprit_section(culprit))
         if culprit.hypotheses:
             sections.append(_hypotheses_section(culprit))
-        if culprit.numbers:
-            sections.append(Section("Numbers", "Where they differ most.", ("", "value"), culprit.numbers))
-    rows = [(_mark(c), c.name, number(c.measured), _bound(c), c.unit, c.place, c.reason) for c in result.checks]
-    headings = ("", "check", "measured", "at most", "", "where", "why this bound")
-    sections.append(Section("Checks", "", headings, rows))
+    rows = [(_mark(c), c.name, number(c.measured), _bound(c), c.unit, c.place) for c in result.checks]
+    reasons: dict[str, list[str]] = {}
+    for check in result.checks:
+        reasons.setdefault(check.reason, []).append(check.name.partition(",")[0])
+    why = "\n".join(f"{', '.join(dict.fromkeys(names))}: {reason}." for reason, names in reasons.items())
+    sections.append(Section("Checks", why, ("", "check", "measured", "at most", "", "where"), rows))
     sections.append(Section("What was verified", "", ("", ""), result.facts))
     if result.notes:
         sections.append(Section("To know", "\n".join(result.notes)))
