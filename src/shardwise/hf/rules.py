@@ -126,7 +126,8 @@ def build_on_meta(config: PreTrainedConfig) -> nn.Module:
     Raises `PlanError` where transformers has none.
     """
     with torch.device("meta"):
-        return build(config)
+        model: nn.Module = build(config)
+    return model
 
 
 def build(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from shardwise.verify.show import page, report
+
 Phase = Literal["forward", "backward", "generate", "save"]
 
 
@@ -130,14 +132,10 @@ class Verification:
         return self.passed
 
     def __str__(self) -> str:
-        from shardwise.verify.show import report
-
         return report(self)
 
     def to_html(self) -> str:
         """The report as a page that stands alone."""
-        from shardwise.verify.show import page
-
         return page(self).to_html()
 
     def to_json(self) -> str:

@@ -165,11 +165,11 @@ def _as_rank(settings: Settings) -> Verification:
                 either=[f"tp_size={world}, or", f"torchrun --nproc-per-node {settings.world}"],
             )
         )
-    check(settings)
     tp_mesh(settings.tp, None, settings.ep)
-    folder = [settings.folder]
-    dist.broadcast_object_list(folder, 0)  # the first rank's, which all see on one host
-    result = run_rank(replace(settings, folder=folder[0]))
+    shared = [settings]
+    dist.broadcast_object_list(shared, 0)  # the first rank's folder, with what is in it, which all see on one host
+    check(shared[0])
+    result = run_rank(shared[0])
     dist.barrier()  # the first rank takes the folder away
     return result
 

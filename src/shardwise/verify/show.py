@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from shardwise.report import Page, Section, as_text
-from shardwise.verify.result import Check, Culprit, Verification
+
+if TYPE_CHECKING:
+    from shardwise.verify.result import Check, Culprit, Verification
 
 WIDTH = 100
 
@@ -70,7 +73,7 @@ def _checks(result: Verification) -> Table:
     table.add_column("at most", justify="right", no_wrap=True)
     table.add_column("", overflow="fold", style="dim")
     for check in result.checks:
-        said = check.reason if check.measured is None else check.place if not check.passed else ""
+        said = check.reason if check.measured is None else check.place if not check.passed else check.unit
         mark = Text(_mark(check), "bold red" if not check.passed else "yellow" if check.measured is None else "green")
         table.add_row(mark, check.name, number(check.measured), _bound(check), said)
     return table
