@@ -56,7 +56,7 @@ def _facts(settings: Settings) -> list[tuple[str, str]]:
     experts = f", experts dealt to {settings.ep}" if settings.ep is not None else ""
     extra = [word for word, on in (("compiled", settings.compiled), ("sequence-parallel", settings.sequence_parallel)) if on]
     rules = settings.plan if isinstance(settings.plan, dict) else {}
-    plan = "the model's own, with shardwise's corrections" + (f", and {len(rules)} rules of yours" if rules else "")
+    plan = "the model's own, with shardwise's corrections" + (f", and of yours: {len(rules)}" if rules else "")
     inputs = (
         "yours"
         if settings.inputs
