@@ -195,7 +195,7 @@ def test_coarse_rounding_does_not_hide_a_fault(pool2: RankPool) -> None:
     """Guards: bounds in bfloat16 so wide that a gradient that nobody sums passes."""
     rules = {f"{ATTENTION}.q_norm": "replicate"}
     result = pool2.run(verify_here, "qwen3", tp_plan=rules, dtype="bfloat16")[0]
-    assert not result.passed
+    assert not any(check.passed for check in result.checks if check.name.startswith("gradients"))
     assert result.culprit is not None
     assert result.culprit.module == f"{LAST}.self_attn.q_norm"
 
