@@ -14,6 +14,9 @@ import shardwise
 from blocks import Mlp, tp_axis
 from shardwise.errors import PlanError
 from shardwise.layout import Packed, Replicated, Sharded
+from shardwise.plan import show
+from shardwise.plan.notes import notes
+from shardwise.report import as_text
 from shardwise.spec import Rule
 from shardwise.testing import RankError
 
@@ -85,7 +88,9 @@ def test_digits_in_names_are_names():
     for layer in range(11):
         styles = {name: table[f"layers.{layer}.{name}.weight"].rule.style for name in ("w1", "w2", "fc1", "4h")}
         assert styles == {"w1": "colwise", "w2": "rowwise", "fc1": "replicate", "4h": "colwise_rep"}
-    assert [f"layers.*.{name}.weight  x 11" in str(table) for name in ("w1", "w2", "fc1", "4h")] == [True] * 4
+    above, *rows = [line.split() for line in str(table).splitlines() if line.startswith(("layers.*", "  "))]
+    assert above == ["layers.*", "x", "11"]
+    assert [row[0] for row in rows if not row[0].endswith(".bias")] == ["w1", "w2", "fc1", "4h"]
 
 
 def test_precedence():
@@ -263,20 +268,56 @@ def test_table():
     assert "lm_head.bias" not in table
 
 
+def cells_of(text: str) -> dict[str, list[str]]:
+    """The cells of each row, of a page or of a text, by the parameter."""
+    if text.startswith("<!doctype html>"):
+        rows = [re.findall(r"<td[^>]*>(.*?)</td>", line) for line in text.splitlines()]
+    else:
+        rows = [re.split(r"(?<! x) +(?!x )", line.strip()) for line in text.splitlines()]
+    return {row[0]: row[1:] for row in rows if row}
+
+
 @pytest.mark.parametrize("shown", [str, shardwise.Plan.to_html])
 def test_what_is_shown(shown):
     """Guards: a table without full or local shapes, styles, sources or bytes; an edge that cuts names off."""
     text = shown(shardwise.plan(LLAMA, 2, {"layers.*.mlp.up_proj": "colwise"}))
-    plain = re.sub(r"<[^>]+>", "", text)
-    rows = {line.split()[0]: line.split() for line in plain.splitlines() if line.strip()}
-    assert rows["model.embed_tokens.weight"][1:10] == ["embedding_rowwise", "model", "127", "x", "64", "64", "x", "64", "0.02"]
-    assert rows["model.layers.*.mlp.up_proj.weight"][1:5] == ["x", "2", "colwise", "user"]
-    assert rows["model.layers.*.mlp.up_proj.weight"][5:] == ["96", "x", "64", "48", "x", "64", "0.02", "dim", "0"]
-    assert rows["model.norm.weight"][-1] == "whole"
-    assert "over 2 ranks" in plain
-    assert "0.14 MiB on the fullest rank, of 0.28 MiB" in plain
-    if shown is not str:
-        assert text.lstrip().lower().startswith("<!doctype html>")
+    rows = cells_of(text)
+    assert rows["model.embed_tokens"][:5] == ["embedding_rowwise", "model", "127 x 64", "64 x 64", "0.02"]
+    assert " ".join(rows["mlp.up_proj"]) == "colwise user 96 x 64 48 x 64 0.02 dim 0"
+    assert rows["self_attn.q_proj"][1] == "model"
+    assert rows["model.norm"][-1] == "whole"
+    assert "model.layers.*  x 2" in text
+    assert "over 2 ranks" in text
+    assert "0.14 MiB on the fullest rank, of 0.28 MiB" in text
+
+
+@pytest.mark.parametrize("width", [100, 128])
+def test_it_fits(width):
+    """Guards: a table that a terminal of this width would fold into unreadable lines, and names or shapes cut off."""
+    config = DeepseekV3Config(dtype=torch.bfloat16)
+    text = as_text(*show.text(shardwise.plan(config, 8), width), width=width)
+    assert max(map(len, text.splitlines())) <= width
+    rows = {line.split()[0]: line for line in text.splitlines() if line.strip()}
+    for name, row in shardwise.plan(config, 8).families.items():
+        shown = rows[name.rpartition(".*.")[2].removesuffix(".weight")]
+        assert " x ".join(map(str, row[0].shape)) in shown
+        assert " x ".join(map(str, row[0].local_shape(0, 8))) in shown
+
+
+def test_ours_are_named():
+    """Guards: a correction of ours shown as the model's own rule."""
+    assert cells_of(str(shardwise.plan(Phi3Config(**TINY), 2)))["mlp.gate_up_proj"][:2] == ["packed_colwise", "ours"]
+
+
+def test_notes():
+    """Guards: KV heads that several ranks keep, and large matrices that stay whole, without a word; words where all is well."""
+    assert notes(shardwise.plan(LLAMA, 2)) == []
+    shared, *_ = notes(shardwise.plan(LLAMA, 4))[-1:]
+    assert "self_attn.k_proj.weight and model.layers.*.self_attn.v_proj.weight: 2 heads on 4 ranks" in shared
+    assert "kept by 2" in shared
+    whole = notes(shardwise.plan(LLAMA, 2, {"layers.*.mlp": "replicate"}))
+    assert re.search(r"rank holds 1\.\d\d times its part", whole[0])
+    assert any("layers.*.mlp: whole on every rank by a rule of the user (replicate): 0.14 MiB" in note for note in whole)
 
 
 LLAMA_3_8B = LlamaConfig(

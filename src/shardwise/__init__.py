@@ -13,7 +13,16 @@ from shardwise.api import make_plan as plan
 from shardwise.api import parallelize, unparallelize
 from shardwise.auto import auto_class
 from shardwise.debug import CollectiveTrace, break_on, trace_collectives
-from shardwise.errors import CheckpointError, MeshError, MismatchError, MissingRankError, PlanError, ShardwiseError
+from shardwise.errors import (
+    CheckpointError,
+    MeshError,
+    MismatchError,
+    MissingRankError,
+    PlanError,
+    ShardwiseError,
+    SimulationError,
+)
+from shardwise.estimate import Estimate, estimate
 from shardwise.layers import ParallelStyle
 from shardwise.layers.registry import register_style
 from shardwise.plan import Plan
@@ -35,6 +44,7 @@ __all__ = [
     "AutoModelForSequenceClassification",
     "CheckpointError",
     "CollectiveTrace",
+    "Estimate",
     "MeshError",
     "MismatchError",
     "MissingRankError",
@@ -42,10 +52,12 @@ __all__ = [
     "Plan",
     "PlanError",
     "ShardwiseError",
+    "SimulationError",
     "Trainer",
     "TrainerMixin",
     "break_on",
     "clip_grad_norm_",
+    "estimate",
     "full_gradients",
     "full_state_dict",
     "parallelize",

@@ -5,7 +5,8 @@ ShardwiseError
 ├── CheckpointError      a file, key, shape or dtype that is not what the model needs
 ├── MismatchError        ranks that disagree: different weights, calls, or results
 │   └── MissingRankError a collective call that not every rank made
-└── MeshError            no process group, no such axis, more ranks asked for than there are
+├── MeshError            no process group, no such axis, more ranks asked for than there are
+└── SimulationError      a step that can't be followed without memory: the model's code asks for values
 """
 
 from __future__ import annotations
@@ -35,6 +36,10 @@ class MissingRankError(MismatchError, TimeoutError):
 
 class MeshError(ShardwiseError, RuntimeError):
     """Processes, devices or mesh axes that are not there."""
+
+
+class SimulationError(ShardwiseError, RuntimeError):
+    """A step that can't be simulated, because the model's code asks for values. Its plan can be made none the less."""
 
 
 def describe(headline: str, **facts: str | Iterable[str]) -> str:

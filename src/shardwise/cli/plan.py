@@ -2,27 +2,110 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
+from rich.console import Console
+from transformers import PreTrainedConfig
 
 import shardwise
+from shardwise.api import PlanLike
 from shardwise.cli.app import app
+from shardwise.errors import ShardwiseError, SimulationError, describe
+from shardwise.estimate import Estimate, estimate, show
+from shardwise.plan import Plan
+from shardwise.plan import show as plan_show
 from shardwise.quiet import quiet
 from shardwise.subject import find_config
+
+
+class OptimizerChoice(str, Enum):
+    """Names of `shardwise.estimate.step.OPTIMIZERS`, as typer wants them."""
+
+    adamw = "adamw"
+    sgd = "sgd"
+    none = "none"
+
+
+class DtypeChoice(str, Enum):
+    """Dtypes of parameters."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
 
 
 @app.command()
 def plan(
     model: Annotated[str, typer.Argument(help="A directory, a hub id, or a model type of transformers, such as llama.")],
     tp: Annotated[int, typer.Option(min=1, help="Ranks.")],
-    html: Annotated[Path | None, typer.Option(dir_okay=False, help="Write the table as a web page, too.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences that a rank computes at once.")] = 1,
+    sequence: Annotated[int | None, typer.Option(min=1, help="Tokens of each: 2048, or as many as the model takes.")] = None,
+    dtype: Annotated[DtypeChoice | None, typer.Option(help="Of the parameters: what the config says.")] = None,
+    optimizer: Annotated[OptimizerChoice, typer.Option(help="Whose states are reckoned with.")] = OptimizerChoice.adamw,
+    inference: Annotated[
+        bool, typer.Option("--inference", help="A prefill into a KV cache in place of a training step.")
+    ] = False,
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Activation checkpointing, layer by layer.")] = False,
+    sequence_parallel: Annotated[
+        bool, typer.Option("--sequence-parallel", help="Each rank keeps its slice of the sequence between attention and MLP.")
+    ] = False,
+    ep: Annotated[int | None, typer.Option(min=1, help="Ranks to which whole experts are dealt.")] = None,
+    rules: Annotated[
+        Path | None,
+        typer.Option("--plan", exists=True, dir_okay=False, help='JSON of {"layers.*.mlp.up_proj": "colwise", ...}.'),
+    ] = None,
+    html: Annotated[Path | None, typer.Option(dir_okay=False, help="Write all of it as a web page, too.")] = None,
 ) -> None:
-    """What each rank will hold, before any weight is read."""
+    """What each rank will hold and send, before any weight is read."""
+    console = Console(highlight=False, width=max(shutil.get_terminal_size((100, 24)).columns, 80))
     with quiet():
-        table = shardwise.plan(find_config(model), tp)
-    typer.echo(str(table).rstrip())
+        config = find_config(model)
+        options = {
+            "batch": batch,
+            "sequence": sequence or longest(config),
+            "training": not inference,
+            "optimizer": optimizer.value,
+            "dtype": getattr(torch, dtype.value) if dtype else None,
+            "sequence_parallel": sequence_parallel,
+            "checkpointing": checkpointing,
+        }
+        found = _find(config, tp, _rules(rules), ep, options, console)
+    width = console.width
+    for part in show.text(found, width) if isinstance(found, Estimate) else plan_show.text(found, width):
+        console.print(part)
     if html is not None:
-        html.write_text(table.to_html(), encoding="utf-8")
-        typer.echo(f"Written to {html}.")
+        html.write_text(found.to_html(), encoding="utf-8")
+        console.print(f"\nWritten to {html}.", markup=False)
+
+
+def _find(
+    config: PreTrainedConfig, tp: int, rules: PlanLike, ep: int | None, options: dict[str, object], console: Console
+) -> Estimate | Plan:
+    try:
+        return estimate(config, tp, rules, ep_size=ep, **options)  # type: ignore[arg-type]
+    except SimulationError as error:
+        console.print(f"{error}\n\nThe table of rules needs no simulation:\n", markup=False)
+        return shardwise.plan(config, tp, rules, ep_size=ep)
+
+
+def _rules(file: Path | None) -> PlanLike:
+    if file is None:
+        return "auto"
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ShardwiseError(describe(f"{file} is no JSON.", why=str(error))) from None
+    if not isinstance(found, dict):
+        raise ShardwiseError(f"{file}: an object of pattern: style was expected, and it is a {type(found).__name__}.")
+    return found
+
+
+def longest(config: PreTrainedConfig) -> int:
+    """2048 tokens, or as many as the model has positions for."""
+    return min(2048, getattr(config.get_text_config(), "max_position_embeddings", None) or 2048)

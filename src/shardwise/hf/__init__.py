@@ -8,6 +8,7 @@
 | `load`, `checks` | a model made of lazy tensors, and whether the checkpoint fitted it |
 | `recording` | what is collected while a model runs |
 | `adapters` | loading and saving of PEFT's adapters |
+| `simulating` | what a model must be told when it runs on tensors without values |
 | `saving` | which tensors a checkpoint has, under which names |
 """
 
@@ -17,6 +18,7 @@ from shardwise.hf.load import load_lazily
 from shardwise.hf.recording import hidden_states_are_recorded
 from shardwise.hf.rules import base_prefixes, build, build_on_meta, check_head, class_of, has_expert_plan, model_rules
 from shardwise.hf.saving import checkpoint_tensors, description_files
+from shardwise.hf.simulating import unpacked_sequences
 
 __all__ = [
     "AdaptersSeen",
@@ -36,4 +38,5 @@ __all__ = [
     "refuse_quantized",
     "resolve_model_class",
     "save_adapter",
+    "unpacked_sequences",
 ]

@@ -51,7 +51,7 @@ class Dispatch:
         share = even_sizes(hidden.shape[0], self.tp.size())
         if self.tp.size() > 1:
             hidden, ids, weights = (scatter_to_tp(x, self.tp, 0, share) for x in (hidden, ids, weights))
-        route = self._route(ids)
+        route = self.route(ids)
         rows = all_to_all(hidden[route.order // ids.shape[1]], self.ep, route.receive, route.send)
         results = compute(rows, route.local_ids, torch.ones_like(route.local_ids, dtype=weights.dtype))
         back = all_to_all(results, self.ep, route.send, route.receive)
@@ -69,7 +69,7 @@ class Dispatch:
         every = rows.unflatten(0, (sum(self.experts), -1))
         share = even_sizes(every.shape[1], self.tp.size())
         every = scatter_to_tp(every, self.tp, 1, share)
-        mine, tokens = self.experts[self.ep.get_local_rank()], self._tokens(every)
+        mine, tokens = self.experts[self.ep.get_local_rank()], self.tokens(every)
         send = tuple(number * every.shape[1] for number in self.experts)
         receive = tuple(mine * number for number in tokens)
         here = all_to_all(every.flatten(0, 1), self.ep, receive, send).split(receive)
@@ -78,13 +78,15 @@ class Dispatch:
         back = all_to_all(torch.cat([part.flatten(0, 1) for part in results]), self.ep, send, receive)
         return gather_from_tp(back.view_as(every), self.tp, 1, share).flatten(0, 1)
 
-    def _tokens(self, every: Tensor) -> Sizes:
+    def tokens(self, every: Tensor) -> Sizes:
+        """How many tokens each rank of `ep` has. Collective."""
         numbers = torch.full((self.ep.size(),), every.shape[1], device=every.device)
         received = torch.empty_like(numbers)
         dist.all_to_all_single(received, numbers, group=self.ep.get_group())
         return tuple(received.tolist())
 
-    def _route(self, ids: Tensor) -> _Route:
+    def route(self, ids: Tensor) -> Route:
+        """Where each pair of this rank's slice goes. Collective; the host waits for the answer."""
         experts, mine = sum(self.experts), self.experts[self.ep.get_local_rank()]
         flat = ids.flatten()
         flat = flat.where((flat >= 0) & (flat < experts), experts)  # those that travel nowhere come last
@@ -97,11 +99,11 @@ class Dispatch:
         sizes = torch.stack([send, receive]).tolist()
         local = torch.arange(mine, device=ids.device).repeat(self.ep.size())
         order = flat.argsort(stable=True)[: sum(sizes[0])]
-        return _Route(order, local.repeat_interleave(received, output_size=sum(sizes[1]))[:, None], *map(tuple, sizes))
+        return Route(order, local.repeat_interleave(received, output_size=sum(sizes[1]))[:, None], *map(tuple, sizes))
 
 
 @dataclass(frozen=True, slots=True)
-class _Route:
+class Route:
     """Where the pairs of one slice go: `order` has the places of those that travel, sorted by expert."""
 
     order: Tensor

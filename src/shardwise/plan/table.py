@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from rich.console import Console
-from rich.table import Table
-
+from shardwise.plan import show
+from shardwise.report import as_text
 from shardwise.spec import ModuleSpec, ShardSpec
 
 
@@ -79,58 +77,37 @@ class Plan:
         """Bytes of the whole model."""
         return sum(row.bytes for row in self.tensors)
 
-    def __str__(self) -> str:
-        return self._render().export_text()
+    @cached_property
+    def fullest_bytes(self) -> int:
+        """Bytes of all parameters and buffers of the rank that holds the most."""
+        return max(self.local_bytes(rank) for rank in range(self.ep_size))
 
-    def to_html(self) -> str:
-        """The table as a page that stands alone."""
-        return self._render().export_html(inline_styles=True)
+    @property
+    def share(self) -> float:
+        """What the fullest rank holds, in parts of 1 / `size` of the model: 1 where everything is cut evenly."""
+        return self.fullest_bytes * self.size / max(self.full_bytes, 1)
 
-    def _render(self) -> Console:
-        console = Console(record=True, file=io.StringIO(), width=180)
-        table = Table(title=self._title(), title_justify="left", box=None, pad_edge=False)
-        for column in ("parameter", "style", "from"):
-            table.add_column(column, no_wrap=True)
-        for column in ("full shape", "shape on rank 0", "MiB a rank"):
-            table.add_column(column, justify="right", no_wrap=True)
-        table.add_column("layout", no_wrap=True)
-        for name, rows in self._families().items():
-            row = rows[0]
-            table.add_row(
-                f"{name}  x {len(rows)}" if len(rows) > 1 else name,
-                row.rule.style if row.rule else "-",
-                row.rule.source if row.rule else "-",
-                _shape(row.shape),
-                _shape(self.local_shape(row, 0)),
-                f"{sum(r.local_bytes(*self.place(r, 0)) for r in rows) / 2**20:.2f}",
-                f"{row.layout}{', gradient summed' if row.partial else ''}",
-            )
-        console.print(table)
-        fullest, full = max(self.local_bytes(rank) for rank in range(self.ep_size)), self.full_bytes
-        share = f"{fullest * self.size / max(full, 1):.3f} x 1/{self.size}"
-        console.print(f"{fullest / 2**20:.2f} MiB on the fullest rank, of {full / 2**20:.2f} MiB: {share}")
-        return console
-
-    def _title(self) -> str:
-        experts = f", experts over {self.ep_size}" if self.ep_size != self.size else ""
-        return f"tensor parallel over {self.size} ranks{experts}"
-
-    def _families(self) -> dict[str, list[ShardSpec]]:
-        families: dict[tuple[object, ...], list[ShardSpec]] = {}
+    @cached_property
+    def families(self) -> Mapping[str, Sequence[ShardSpec]]:
+        """The rows of alike layers under one name, with `*` for what differs; a row that is alone, under its own."""
+        alike: dict[tuple[object, ...], list[ShardSpec]] = {}
         for row in self.tensors:
             key = (wildcard(row.name), row.shape, row.layout, row.partial, row.rule.style if row.rule else None)
-            families.setdefault(key, []).append(row)
-        named: dict[str, list[ShardSpec]] = {}
-        for rows in families.values():
+            alike.setdefault(key, []).append(row)
+        named: dict[str, Sequence[ShardSpec]] = {}
+        for rows in alike.values():
             name = wildcard(rows[0].name) if len(rows) > 1 else rows[0].name
             named[name if name not in named else rows[0].name] = rows
         return named
+
+    def __str__(self) -> str:
+        return as_text(*show.text(self))
+
+    def to_html(self) -> str:
+        """The table as a page that stands alone."""
+        return show.page(self).to_html()
 
 
 def wildcard(name: str) -> str:
     """`name` with each segment that is a number as `*`: "model.layers.0.mlp.fc1" gives "model.layers.*.mlp.fc1"."""
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
-
-
-def _shape(shape: tuple[int, ...]) -> str:
-    return " x ".join(map(str, shape)) if shape else "scalar"

@@ -1,0 +1,89 @@
+"""Layers that do the same, and what one of each kind communicates."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from shardwise.debug.record import Collective
+from shardwise.plan import Plan, wildcard
+
+_TIMES_AROUND = MappingProxyType({"all_reduce": 2})
+"""How often a ring sends what a rank puts in, in units of (n - 1) / n; once where nothing is said."""
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """Layers whose parameters are cut alike and which communicate alike.
+
+    Attributes:
+        layers: their paths, such as "model.layers.3"; one that is "" stands for all that is outside of layers.
+        collectives: of the first of them, in order, forward and backward.
+    """
+
+    layers: tuple[str, ...]
+    collectives: tuple[Collective, ...]
+
+    @property
+    def name(self) -> str:
+        """As "model.layers.*"; of a single layer its path."""
+        return wildcard(self.layers[0]) if len(self.layers) > 1 else self.layers[0]
+
+    @property
+    def title(self) -> str:
+        """The name, and how many there are."""
+        if not self.layers[0]:
+            return "outside of the layers"
+        return f"{self.name}  x {len(self.layers)}" if len(self.layers) > 1 else self.name
+
+    def inside(self, module: str) -> str:
+        """The path of `module` in the layer."""
+        return module.removeprefix(self.layers[0]).removeprefix(".")
+
+    @property
+    def bytes(self) -> int:
+        """That a rank puts into the collectives of one such layer."""
+        return sum(one.bytes for one in self.collectives)
+
+
+def layer_of(name: str) -> str:
+    """The path of the layer in which `name` is, up to its first number: "model.layers.3". "" outside of layers."""
+    found = re.match(r"(.*?\.)?\d+(?=\.|$)", name)
+    return found[0] if found else ""
+
+
+def kinds(plan: Plan, collectives: Iterable[Collective]) -> tuple[LayerKind, ...]:
+    """The kinds of layers, by the first layer of each; at the end what is outside of layers, if it communicates."""
+    sent: dict[str, list[Collective]] = {}
+    for record in collectives:
+        sent.setdefault(layer_of(record.module), []).append(record)
+    alike: dict[object, list[str]] = {}
+    for layer, cut in _cuts(plan).items():
+        own = tuple((one.op, one.phase, one.module[len(layer) :], one.parameter, one.bytes) for one in sent.get(layer, ()))
+        alike.setdefault((tuple(cut), own), []).append(layer)
+    found = [LayerKind(tuple(layers), tuple(sent.get(layers[0], ()))) for layers in alike.values()]
+    rest = [record for layer, records in sent.items() if layer not in _cuts(plan) for record in records]
+    return (*found, LayerKind(("",), tuple(rest))) if rest else tuple(found)
+
+
+def _cuts(plan: Plan) -> Mapping[str, Sequence[object]]:
+    layers: dict[str, list[object]] = {}
+    for row in plan:
+        if (layer := layer_of(row.name)) and not row.buffer:
+            layers.setdefault(layer, []).append((row.name[len(layer) :], row.shape, row.layout))
+    return layers
+
+
+def ring_bytes(record: Collective) -> int:
+    """Bytes that leave a rank if a ring of the group's ranks does it; of an all-to-all, those for other ranks."""
+    size = max(len(record.ranks), 1)
+    if record.op == "all_gather":
+        return record.bytes * (size - 1)
+    return _TIMES_AROUND.get(record.op, 1) * record.bytes * (size - 1) // size
+
+
+def payload_bytes(record: Collective) -> int:
+    """Bytes of the larger one of what a rank puts in and what it gets."""
+    return record.bytes * (len(record.ranks) if record.op == "all_gather" else 1)

@@ -1,0 +1,151 @@
+"""How an estimate is shown: as text that fits a terminal, and as a page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from rich.console import RenderableType
+from rich.table import Table
+
+from shardwise.debug.record import Collective
+from shardwise.estimate.kinds import LayerKind
+from shardwise.estimate.live import FUSED, SCORES
+from shardwise.plan.notes import notes
+from shardwise.plan.show import amount, sections, shape, summary, table, title
+from shardwise.report import Page, Section
+from shardwise.report.text import WIDTH
+
+if TYPE_CHECKING:
+    from shardwise.estimate.result import Estimate
+
+_ATTENTION = {
+    SCORES: "attention keeps the scores of all pairs of tokens; ",
+    FUSED: "attention in torch's fused kernel for CPUs, which keeps as little as that for CUDA; ",
+    "": "",
+}
+_COLLECTIVE = ("phase", "collective", "module", "tensor", "shape", "MiB")
+
+
+def text(found: Estimate, width: int = WIDTH) -> list[RenderableType]:
+    """Memory of a rank, what it sends, what is left whole, and the table of rules."""
+    said = [f"note  {note}" for note in notes(found.plan)]
+    return [
+        f"[bold]{heading(found)}[/]",
+        "",
+        memory(found),
+        "",
+        assumptions(found),
+        *([""] if said else []),
+        *said,
+        "",
+        *collectives(found),
+        traffic(found),
+        "",
+        summary(found.plan),
+        "",
+        table(found.plan, width),
+    ]
+
+
+def page(found: Estimate) -> Page:
+    """The same as a page."""
+    return Page(
+        title=heading(found),
+        verdict=f"{amount(found.peak)} on a rank at most, in {found.peak_in}. {traffic(found)}",
+        sections=[
+            Section("Memory of a rank", text=assumptions(found), headings=("", "", "%", ""), rows=list(_memory(found))),
+            *(
+                Section(
+                    f"Collectives: {kind.title}",
+                    headings=(*_COLLECTIVE[:-1], "MiB a layer" if kind.layers[0] else "MiB"),
+                    rows=[_cells(kind, record) for record in kind.collectives],
+                )
+                for kind in found.kinds
+                if kind.collectives
+            ),
+            *sections(found.plan),
+        ],
+    )
+
+
+def heading(found: Estimate) -> str:
+    """Model, ranks and step."""
+    return f"{found.model}, {title(found.plan)}: {found.step}"
+
+
+def assumptions(found: Estimate) -> str:
+    """On what the figures rest, in a sentence or two."""
+    attention = _ATTENTION[next((name for name in _ATTENTION if any(name in kernel for kernel in found.attention)), "")]
+    dtypes = ", ".join(sorted({str(row.dtype).removeprefix("torch.") for row in found.plan if not row.buffer}))
+    return (
+        f"Weights in {dtypes}; {attention}whole sequences, without padding. Simulated, on the first rank: what an allocator "
+        "rounds up, and buffers of kernels and of the communication library, come on top."
+    )
+
+
+def memory(found: Estimate) -> Table:
+    """A row for each kind of memory."""
+    shown = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
+    for justify in ("left", "right", "right", "left"):
+        shown.add_column(justify=justify)
+    for row in _memory(found):
+        style = "bold" if row[0] == "peak" else ""
+        shown.add_row(*row, style=style)
+    return shown
+
+
+def _memory(found: Estimate) -> Iterator[tuple[str, str, str, str]]:
+    if found.step.training:
+        rows = [
+            ("parameters", found.parameters, "with buffers"),
+            ("gradients", found.gradients, "all of them, after backward"),
+            ("optimizer", found.optimizer, found.step.optimizer),
+            ("activations", found.activations, "what forward keeps for backward, and what is in work, at their peak"),
+        ]
+    else:
+        rows = [
+            ("parameters", found.parameters, "with buffers"),
+            ("KV cache", found.cache, "after the prefill"),
+            ("activations", found.activations, "in the prefill, at their peak"),
+        ]
+    for name, size, note in [*rows, ("peak", found.peak, f"in {found.peak_in}")]:
+        yield name, amount(size), f"{size / max(found.peak, 1):.1%}", note
+
+
+def collectives(found: Estimate) -> list[RenderableType]:
+    """A table for each kind of layer."""
+    shown: list[RenderableType] = []
+    for kind in found.kinds:
+        if not kind.collectives:
+            continue
+        grid = Table(title=f"collectives of {kind.title}", title_justify="left", title_style="bold", box=None, pad_edge=False)
+        for name in _COLLECTIVE:
+            grid.add_column(name, justify="right" if name == "MiB" else "left", overflow="fold")
+        for record in kind.collectives:
+            grid.add_row(*_cells(kind, record))
+        shown += [grid, ""]
+    return shown
+
+
+def _cells(kind: LayerKind, record: Collective) -> list[str]:
+    module = kind.inside(record.module) or "-"
+    return [
+        record.phase,
+        record.op,
+        module,
+        record.tensor,
+        f"{record.dtype} {shape(record.shape)}",
+        f"{record.bytes / 2**20:,.2f}",
+    ]
+
+
+def traffic(found: Estimate) -> str:
+    """What a step sends in all."""
+    if not found.collectives:
+        return "No collectives."
+    step = "step" if found.step.training else "prefill"
+    return (
+        f"{len(found.collectives):,} collectives a {step}: a rank puts in {amount(found.put_in)}, and sends "
+        f"{amount(found.sent)} if rings do it."
+    )
