@@ -41,6 +41,7 @@ OPTIONS = {
         "--inference",
         "--checkpointing",
         "--sequence-parallel",
+        "--device",
         "--ep",
         "--plan",
         "--html",

@@ -40,6 +40,13 @@ class DtypeChoice(str, Enum):
     float16 = "float16"
 
 
+class DeviceChoice(str, Enum):
+    """Kinds of devices."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
 @app.command()
 def plan(
     model: Annotated[str, typer.Argument(help="A directory, a hub id, or a model type of transformers, such as llama.")],
@@ -55,6 +62,9 @@ def plan(
     sequence_parallel: Annotated[
         bool, typer.Option("--sequence-parallel", help="Each rank keeps its slice of the sequence between attention and MLP.")
     ] = False,
+    device: Annotated[
+        DeviceChoice | None, typer.Option(help="Whose attention kernels and optimizer: this machine's, or the other.")
+    ] = None,
     ep: Annotated[int | None, typer.Option(min=1, help="Ranks to which whole experts are dealt.")] = None,
     rules: Annotated[
         Path | None,
@@ -74,6 +84,7 @@ def plan(
             "dtype": getattr(torch, dtype.value) if dtype else None,
             "sequence_parallel": sequence_parallel,
             "checkpointing": checkpointing,
+            "device": device.value if device else None,
         }
         found = _find(config, tp, _rules(rules), ep, options, console)
     width = console.width

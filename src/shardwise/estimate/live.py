@@ -14,7 +14,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-FUSED, SCORES = "scaled_dot_product", "_softmax"
+FUSED, SCORES = "scaled_dot_product", "softmax"
 """In the names of the kernels of fused attention, and of attention whose scores are kept."""
 _DIMS_OF_SCORES = 4  # (batch, heads, queries, keys)
 
@@ -81,7 +81,7 @@ class Live(TorchDispatchMode):
 
     def _note_attention(self, func: OpOverload, result: Any) -> None:
         name = func.overloadpacket.__name__
-        if "backward" not in name and (FUSED in name or (name == SCORES and result.dim() == _DIMS_OF_SCORES)):
+        if "backward" not in name and (FUSED in name or (SCORES in name and result.dim() == _DIMS_OF_SCORES)):
             self.kernels.add(name)
 
     def _add(self, storage: torch.UntypedStorage) -> None:

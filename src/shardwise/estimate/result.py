@@ -21,7 +21,6 @@ class Estimate:
         model: the class of the model.
         plan: the table.
         step: what was simulated.
-        device: the kind of device whose optimizer is reckoned with.
         parameters: of this rank's shards, buffers included.
         gradients: of its parameters, in their dtype; all of them, after backward.
         optimizer: of the optimizer's states.
@@ -37,7 +36,6 @@ class Estimate:
     model: str
     plan: Plan
     step: Step
-    device: str
     parameters: int
     gradients: int
     optimizer: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Literal
 
 import torch
 from transformers import PreTrainedConfig
@@ -28,6 +29,7 @@ def estimate(
     ep_size: int | None = None,
     sequence_parallel: bool = False,
     checkpointing: bool = False,
+    device: Literal["cpu", "cuda"] | None = None,
 ) -> Estimate:
     """What each of `tp_size` ranks would hold and send in a step of `batch` x `sequence` tokens.
 
@@ -47,13 +49,14 @@ def estimate(
         dtype: of the parameters; by default what the config says, else float32.
         sequence_parallel: as for `shardwise.parallelize`.
         checkpointing: activation checkpointing, layer by layer.
+        device: whose attention kernels and optimizer; by default this machine's. Either can be asked for anywhere.
 
     Raises:
         PlanError: the plan can't be carried out.
         MeshError: this process has a default process group already, which the simulation would need.
         SimulationError: the model's code asks for values that there are none of. `shardwise.plan` works none the less.
     """
-    step = Step(batch, sequence, training, optimizer, checkpointing)
+    step = Step(batch, sequence, training, optimizer, checkpointing, device or ("cpu" if device_type() == "cpu" else "cuda"))
     config = config if dtype is None else in_dtype(config, dtype)
     table = make_plan(config, tp_size, plan, ep_size=ep_size)
     found = simulate(Setting(config, tp_size, table, ep_size, sequence_parallel), step)
@@ -70,19 +73,17 @@ def in_dtype(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedConfig:
 
 
 def _result(table: Plan, step: Step, found: Simulation) -> Estimate:
-    device = device_type()
     parameters = sum(found.held.values()) + found.buffers
     kept = OPTIMIZERS[step.optimizer].state_bytes(found.held) if step.training else 0
     peaks = {phase: parameters + kept + moment.total for phase, moment in found.peaks.items()}
     if step.training and step.optimizer != "none":
-        taken = OPTIMIZERS[step.optimizer].step_bytes(found.held, device)
+        taken = OPTIMIZERS[step.optimizer].step_bytes(found.held, step.device)
         peaks["optimizer"] = parameters + kept + found.gradients + taken
     worst = max(peaks, key=lambda phase: peaks[phase])
     return Estimate(
         model=found.model,
         plan=table,
         step=step,
-        device=device,
         parameters=parameters,
         gradients=found.gradients,
         optimizer=kept,

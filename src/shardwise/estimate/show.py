@@ -10,7 +10,7 @@ from rich.table import Table
 
 from shardwise.debug.record import Collective
 from shardwise.estimate.kinds import LayerKind
-from shardwise.estimate.live import FUSED, SCORES
+from shardwise.estimate.live import SCORES
 from shardwise.plan.notes import notes
 from shardwise.plan.show import amount, sections, shape, summary, table, title
 from shardwise.report import Page, Section
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from shardwise.estimate.result import Estimate
 
 _ATTENTION = {
-    SCORES: "attention keeps the scores of all pairs of tokens; ",
-    FUSED: "attention in torch's fused kernel for CPUs, which keeps as little as that for CUDA; ",
-    "": "",
+    SCORES: "attention keeps the scores of all pairs of tokens",
+    "flash": "attention by torch's flash kernel",
+    "efficient": "attention by torch's memory-efficient kernel",
 }
 _COLLECTIVE = ("phase", "collective", "module", "tensor", "shape", "MiB")
 
@@ -76,11 +76,11 @@ def heading(found: Estimate) -> str:
 
 def assumptions(found: Estimate) -> str:
     """On what the figures rest, in a sentence or two."""
-    attention = _ATTENTION[next((name for name in _ATTENTION if any(name in kernel for kernel in found.attention)), "")]
+    attention = [words for name, words in _ATTENTION.items() if any(name in kernel for kernel in found.attention)]
     dtypes = ", ".join(sorted({str(row.dtype).removeprefix("torch.") for row in found.plan if not row.buffer}))
     return (
-        f"Weights in {dtypes}; {attention}whole sequences, without padding. Simulated, on the first rank: what an allocator "
-        "rounds up, and buffers of kernels and of the communication library, come on top."
+        f"Weights in {dtypes}; {''.join(f'{words}; ' for words in attention)}sequences without padding. Simulated as the first "
+        "rank: what an allocator rounds up, and buffers of kernels and of the communication library, come on top."
     )
 
 

@@ -19,10 +19,11 @@ from shardwise.debug.operators import Call
 from shardwise.debug.record import Collective
 from shardwise.debug.watch import Watch
 from shardwise.errors import MeshError, SimulationError, describe
+from shardwise.estimate.attention import attention_of
 from shardwise.estimate.fakes import fakes
 from shardwise.estimate.live import Live, Moment, bytes_of
 from shardwise.estimate.step import Step
-from shardwise.hf import build_on_meta
+from shardwise.hf import build_on_meta, checkpoint_activations
 from shardwise.testing.fake import fake_rank
 
 
@@ -78,7 +79,7 @@ def simulate(setting: Setting, step: Step) -> Simulation:
             model, mesh, setting.plan, ep_size=setting.ep_size, sequence_parallel=setting.sequence_parallel and mesh.size() > 1
         )
         try:
-            with fakes():
+            with fakes(), attention_of(step.device):
                 return _run(model, step)
         except Exception as error:  # whatever a model's own code may raise when it gets no values
             raise SimulationError(
@@ -111,10 +112,9 @@ def _mesh(setting: Setting) -> DeviceMesh:
 
 
 def _run(model: nn.Module, step: Step) -> Simulation:
-    model.to_empty(device="cpu")
+    _leave_meta(model)
     if step.checkpointing:
-        enable: Callable[[], None] = model.gradient_checkpointing_enable  # type: ignore[assignment]
-        enable()
+        checkpoint_activations(model)
     ids = torch.zeros(step.batch, step.sequence, dtype=torch.long)
     parameters = dict(model.named_parameters())
     live = Live([*parameters.values(), *model.buffers(), ids])
@@ -136,6 +136,21 @@ def _run(model: nn.Module, step: Step) -> Simulation:
             kernels=tuple(sorted(live.kernels)),
             collectives=tuple(found),
         )
+
+
+def _leave_meta(model: nn.Module) -> None:
+    """Put every parameter and buffer where the fake tensors are; tied ones stay tied, which `to_empty` doesn't do."""
+    made: dict[int, Tensor] = {}
+    for module in model.modules():
+        groups: list[dict[str, Any]] = [module._parameters, module._buffers]
+        for group in groups:
+            for name, tensor in group.items():
+                if tensor is not None and id(tensor) not in made:
+                    empty = torch.empty_like(tensor, device="cpu")
+                    parameter = isinstance(tensor, nn.Parameter)
+                    made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if parameter else empty
+                if tensor is not None:
+                    group[name] = made[id(tensor)]
 
 
 def _train(model: nn.Module, ids: Tensor, live: Live) -> int:

@@ -53,7 +53,8 @@ class Step:
         sequence: tokens of each.
         training: forward, backward and optimizer; else forward alone, into a KV cache.
         optimizer: a name of `OPTIMIZERS`.
-        checkpointing: activation checkpointing, layer by layer, as `model.gradient_checkpointing_enable()` does.
+        checkpointing: activation checkpointing, layer by layer, as transformers does it.
+        device: "cuda" or "cpu": whose attention kernels, and whose way of updating parameters.
     """
 
     batch: int = 1
@@ -61,11 +62,14 @@ class Step:
     training: bool = True
     optimizer: OptimizerName = "adamw"
     checkpointing: bool = False
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         for name in ("batch", "sequence"):
             if getattr(self, name) < 1:
                 raise ShardwiseError(f"{name}={getattr(self, name)}: at least 1.")
+        if self.device not in ("cpu", "cuda"):
+            raise ShardwiseError(f'device={self.device!r}: "cpu" or "cuda".')
         if self.optimizer not in OPTIMIZERS:
             known = ", ".join(OPTIMIZERS)
             raise ShardwiseError(describe(f"optimizer={self.optimizer!r}: none of that name is known.", known=known))
@@ -78,6 +82,6 @@ class Step:
     def __str__(self) -> str:
         what = f"of {self.batch} x {self.sequence} tokens"
         if not self.training:
-            return f"prefill {what}"
+            return f"prefill {what} on {self.device}"
         extra = ", activation checkpointing" if self.checkpointing else ""
-        return f"training step {what}, {'no optimizer' if self.optimizer == 'none' else self.optimizer}{extra}"
+        return f"training step {what} on {self.device}, {'no optimizer' if self.optimizer == 'none' else self.optimizer}{extra}"

@@ -18,7 +18,7 @@ from shardwise.hf.load import load_lazily
 from shardwise.hf.recording import hidden_states_are_recorded
 from shardwise.hf.rules import base_prefixes, build, build_on_meta, check_head, class_of, has_expert_plan, model_rules
 from shardwise.hf.saving import checkpoint_tensors, description_files
-from shardwise.hf.simulating import unpacked_sequences
+from shardwise.hf.simulating import checkpoint_activations, unpacked_sequences
 
 __all__ = [
     "AdaptersSeen",
@@ -27,6 +27,7 @@ __all__ = [
     "build",
     "build_on_meta",
     "check_head",
+    "checkpoint_activations",
     "checkpoint_tensors",
     "class_of",
     "description_files",

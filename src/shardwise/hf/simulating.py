@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import masking_utils
 
 
@@ -24,3 +24,10 @@ def unpacked_sequences() -> Iterator[None]:
         yield
     finally:
         masking_utils.find_packed_sequence_indices = before
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Turn activation checkpointing on: by the name that transformers has for it now, or by that which it had before."""
+    name = "activation_checkpointing_enable"
+    enable: Callable[[], None] = getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")
+    enable()
