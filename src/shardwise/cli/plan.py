@@ -10,14 +10,14 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 from transformers import PreTrainedConfig
 
 import shardwise
 from shardwise.api import PlanLike
 from shardwise.cli.app import app
 from shardwise.errors import ShardwiseError, SimulationError, describe
-from shardwise.estimate import Estimate, estimate, show
+from shardwise.estimate import Comparison, Estimate, compare, estimate, show
 from shardwise.plan import Plan
 from shardwise.plan import show as plan_show
 from shardwise.quiet import quiet
@@ -50,7 +50,7 @@ class DeviceChoice(str, Enum):
 @app.command()
 def plan(
     model: Annotated[str, typer.Argument(help="A directory, a hub id, or a model type of transformers, such as llama.")],
-    tp: Annotated[int, typer.Option(min=1, help="Ranks.")],
+    tp: Annotated[str, typer.Option(metavar="N[,N...]", help="Ranks; several numbers, as in 1,2,4,8, are compared.")],
     batch: Annotated[int, typer.Option(min=1, help="Sequences that a rank computes at once.")] = 1,
     sequence: Annotated[int | None, typer.Option(min=1, help="Tokens of each: 2048, or as many as the model takes.")] = None,
     dtype: Annotated[DtypeChoice | None, typer.Option(help="Of the parameters: what the config says.")] = None,
@@ -74,6 +74,7 @@ def plan(
 ) -> None:
     """What each rank will hold and send, before any weight is read."""
     console = Console(highlight=False, width=max(shutil.get_terminal_size((100, 24)).columns, 80))
+    sizes = _sizes(tp)
     with quiet():
         config = find_config(model)
         options = {
@@ -86,13 +87,34 @@ def plan(
             "checkpointing": checkpointing,
             "device": device.value if device else None,
         }
-        found = _find(config, tp, _rules(rules), ep, options, console)
-    width = console.width
-    for part in show.text(found, width) if isinstance(found, Estimate) else plan_show.text(found, width):
+        given = _rules(rules)
+        if len(sizes) > 1:
+            found: Comparison | Estimate | Plan = compare(config, sizes, given, ep_size=ep, **options)
+        else:
+            found = _find(config, sizes[0], given, ep, options, console)
+    for part in _parts(found, console.width):
         console.print(part)
     if html is not None:
         html.write_text(found.to_html(), encoding="utf-8")
         console.print(f"\nWritten to {html}.", markup=False)
+    if isinstance(found, Comparison) and not found.possible:
+        raise typer.Exit(1)
+
+
+def _parts(found: Comparison | Estimate | Plan, width: int) -> list[RenderableType]:
+    if isinstance(found, Comparison):
+        return found.text()
+    return show.text(found, width) if isinstance(found, Estimate) else plan_show.text(found, width)
+
+
+def _sizes(given: str) -> list[int]:
+    try:
+        sizes = [int(one) for one in given.split(",")]
+    except ValueError:
+        sizes = [0]
+    if min(sizes) < 1:
+        raise typer.BadParameter(f"{given!r}: a number of ranks, or several, as in 1,2,4,8.", param_hint="--tp")
+    return sizes
 
 
 def _find(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
 from shardwise.debug.record import Collective
+from shardwise.estimate.flow import Node
 from shardwise.plan import Plan, wildcard
 
 _TIMES_AROUND = MappingProxyType({"all_reduce": 2})
@@ -21,10 +22,12 @@ class LayerKind:
     Attributes:
         layers: their paths, such as "model.layers.3"; one that is "" stands for all that is outside of layers.
         collectives: of the first of them, in order, forward and backward.
+        nodes: what happens in the forward of one of them; none where that is not known.
     """
 
     layers: tuple[str, ...]
     collectives: tuple[Collective, ...]
+    nodes: tuple[Node, ...] = ()
 
     @property
     def name(self) -> str:
@@ -54,21 +57,31 @@ def layer_of(name: str) -> str:
     return found[0] if found else ""
 
 
-def kinds(plan: Plan, collectives: Iterable[Collective]) -> tuple[LayerKind, ...]:
+def kinds(plan: Plan, collectives: Iterable[Collective], flows: Mapping[str, tuple[Node, ...]]) -> tuple[LayerKind, ...]:
     """The kinds of layers, by the first layer of each; at the end what is outside of layers, if it communicates."""
     sent: dict[str, list[Collective]] = {}
     for record in collectives:
         sent.setdefault(layer_of(record.module), []).append(record)
     alike: dict[object, list[str]] = {}
-    for layer, cut in _cuts(plan).items():
+    cuts = _cuts(plan)
+    nodes = {tuple(cuts[layer]): found for layer, found in flows.items()}
+    for layer, cut in cuts.items():
         own = tuple((one.op, one.phase, one.module[len(layer) :], one.parameter, one.bytes) for one in sent.get(layer, ()))
         alike.setdefault((tuple(cut), own), []).append(layer)
-    found = [LayerKind(tuple(layers), tuple(sent.get(layers[0], ()))) for layers in alike.values()]
-    rest = [record for layer, records in sent.items() if layer not in _cuts(plan) for record in records]
+    found = [
+        LayerKind(tuple(layers), tuple(sent.get(layers[0], ())), nodes.get(tuple(cuts[layers[0]]), ()))
+        for layers in alike.values()
+    ]
+    rest = [record for layer, records in sent.items() if layer not in cuts for record in records]
     return (*found, LayerKind(("",), tuple(rest))) if rest else tuple(found)
 
 
-def _cuts(plan: Plan) -> Mapping[str, Sequence[object]]:
+def first_layers(plan: Plan) -> list[str]:
+    """A layer of each kind, as far as the table tells them apart."""
+    return list({tuple(cut): layer for layer, cut in reversed(_cuts(plan).items())}.values())[::-1]
+
+
+def _cuts(plan: Plan) -> dict[str, list[object]]:
     layers: dict[str, list[object]] = {}
     for row in plan:
         if (layer := layer_of(row.name)) and not row.buffer:

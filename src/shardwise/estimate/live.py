@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from shardwise.estimate.storages import Storages, key_of
 
 FUSED, SCORES = "scaled_dot_product", "softmax"
 """In the names of the kernels of fused attention, and of attention whose scores are kept."""
@@ -25,6 +24,12 @@ class Moment:
 
     total: int = 0
     gradients: int = 0
+
+
+@dataclass(slots=True)
+class _Held:
+    size: int
+    gradient: bool = False
 
 
 class Live(TorchDispatchMode):
@@ -46,25 +51,16 @@ class Live(TorchDispatchMode):
         self.phase = ""
         self.peaks: dict[str, Moment] = {}
         self.kernels: set[str] = set()
-        self._known = {_key(tensor) for tensor in known}
-        self._sizes: dict[int, int] = {}
-        self._references: dict[int, weakref.ref[torch.UntypedStorage]] = {}
-        self._gradients: set[int] = set()
-        self._total = self._gradient_bytes = 0
-
-    @property
-    def now(self) -> Moment:
-        """What lives at this moment."""
-        return Moment(self._total, self._gradient_bytes)
+        self._known = {key_of(tensor) for tensor in known}
+        self._held: Storages[_Held] = Storages(self._gone)
+        self._total = self._gradients = 0
 
     def is_gradient(self, parameter: Tensor) -> None:
         """The gradient of `parameter` is a gradient from here on, not an activation."""
-        if parameter.grad is None:
-            return
-        key = _key(parameter.grad)
-        if key in self._sizes and key not in self._gradients:
-            self._gradients.add(key)
-            self._gradient_bytes += self._sizes[key]
+        held = self._held.get(parameter.grad) if parameter.grad is not None else None
+        if held is not None and not held.gradient:
+            held.gradient = True
+            self._gradients += held.size
 
     def __torch_dispatch__(
         self, func: OpOverload, types: object, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -76,7 +72,7 @@ class Live(TorchDispatchMode):
         self._note_attention(func, result)
         for tensor in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(tensor, Tensor):
-                self._add(tensor.untyped_storage())
+                self._add(tensor)
         return result
 
     def _note_attention(self, func: OpOverload, result: Any) -> None:
@@ -84,32 +80,21 @@ class Live(TorchDispatchMode):
         if "backward" not in name and (FUSED in name or (SCORES in name and result.dim() == _DIMS_OF_SCORES)):
             self.kernels.add(name)
 
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key in self._known or key in self._sizes:
+    def _add(self, tensor: Tensor) -> None:
+        if key_of(tensor) in self._known or self._held.get(tensor) is not None:
             return
-        size = storage.nbytes()
-        self._sizes[key] = size
-        self._references[key] = weakref.ref(storage, partial(self._gone, key))
+        size = tensor.untyped_storage().nbytes()
+        self._held.set(tensor, _Held(size))
         self._total += size
         before = self.peaks.get(self.phase)
         if before is None or self._total > before.total:
-            self.peaks[self.phase] = self.now
+            self.peaks[self.phase] = Moment(self._total, self._gradients)
 
-    def _gone(self, key: int, _: object) -> None:
-        size = self._sizes.pop(key)
-        del self._references[key]
-        self._total -= size
-        if key in self._gradients:
-            self._gradients.remove(key)
-            self._gradient_bytes -= size
+    def _gone(self, held: _Held) -> None:
+        self._total -= held.size
+        self._gradients -= held.size * held.gradient
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
     """Bytes of the storages of `tensors`, each counted once."""
-    return sum({_key(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
-
-
-def _key(tensor: Tensor) -> int:
-    key: int = tensor.untyped_storage()._cdata
-    return key
+    return sum({key_of(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}.values())

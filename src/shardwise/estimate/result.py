@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from shardwise.debug.record import Collective
 from shardwise.estimate import show
+from shardwise.estimate.flow import Node
 from shardwise.estimate.kinds import LayerKind, kinds, ring_bytes
 from shardwise.estimate.step import Step
 from shardwise.plan import Plan
@@ -31,6 +33,7 @@ class Estimate:
         peak_in: "forward", "backward" or "optimizer".
         attention: the names of the attention kernels that ran: fused ones, or the softmax over scores that are kept.
         collectives: in order, forward and backward.
+        flows: of a layer of each kind, what happens in its forward: see `shardwise.estimate.flow.Node`.
     """
 
     model: str
@@ -45,11 +48,12 @@ class Estimate:
     peak_in: str
     attention: tuple[str, ...]
     collectives: tuple[Collective, ...]
+    flows: Mapping[str, tuple[Node, ...]] = field(repr=False, default_factory=dict)
 
     @cached_property
     def kinds(self) -> tuple[LayerKind, ...]:
         """The kinds of layers, and what one of each communicates; at the end what is outside of layers."""
-        return kinds(self.plan, self.collectives)
+        return kinds(self.plan, self.collectives, self.flows)
 
     @property
     def put_in(self) -> int:

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from shardwise.api import PlanLike, make_plan
+from shardwise.estimate.kinds import first_layers
 from shardwise.estimate.result import Estimate
 from shardwise.estimate.simulate import Setting, Simulation, simulate
 from shardwise.estimate.step import OPTIMIZERS, OptimizerName, Step
@@ -59,7 +60,7 @@ def estimate(
     step = Step(batch, sequence, training, optimizer, checkpointing, device or ("cpu" if device_type() == "cpu" else "cuda"))
     config = config if dtype is None else in_dtype(config, dtype)
     table = make_plan(config, tp_size, plan, ep_size=ep_size)
-    found = simulate(Setting(config, tp_size, table, ep_size, sequence_parallel), step)
+    found = simulate(Setting(config, tp_size, table, ep_size, sequence_parallel), step, first_layers(table))
     return _result(table, step, found)
 
 
@@ -93,4 +94,5 @@ def _result(table: Plan, step: Step, found: Simulation) -> Estimate:
         peak_in=worst,
         attention=found.kernels,
         collectives=found.collectives,
+        flows=found.flows,
     )

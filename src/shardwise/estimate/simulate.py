@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,7 @@ from shardwise.debug.watch import Watch
 from shardwise.errors import MeshError, SimulationError, describe
 from shardwise.estimate.attention import attention_of
 from shardwise.estimate.fakes import fakes
+from shardwise.estimate.flow import Flow, Node
 from shardwise.estimate.live import Live, Moment, bytes_of
 from shardwise.estimate.step import Step
 from shardwise.hf import build_on_meta, checkpoint_activations
@@ -51,6 +52,7 @@ class Simulation:
         peaks: the moment of the most bytes besides parameters and buffers, of "forward" and of "backward".
         kernels: the fused attention kernels that ran.
         collectives: in order.
+        flows: of a layer of each kind, what happens in its forward.
     """
 
     model: str
@@ -61,10 +63,14 @@ class Simulation:
     peaks: Mapping[str, Moment]
     kernels: tuple[str, ...]
     collectives: tuple[Collective, ...]
+    flows: Mapping[str, tuple[Node, ...]]
 
 
-def simulate(setting: Setting, step: Step) -> Simulation:
+def simulate(setting: Setting, step: Step, layers: Sequence[str] = ()) -> Simulation:
     """Run `step` as the first of the ranks of `setting`, on a process group of its own that is gone afterwards.
+
+    Args:
+        layers: paths of those whose flow is recorded.
 
     Raises:
         PlanError: the plan can't be carried out.
@@ -80,7 +86,7 @@ def simulate(setting: Setting, step: Step) -> Simulation:
         )
         try:
             with fakes(), attention_of(step.device):
-                return _run(model, step)
+                return _run(model, step, layers)
         except Exception as error:  # whatever a model's own code may raise when it gets no values
             raise SimulationError(
                 describe(
@@ -111,7 +117,7 @@ def _mesh(setting: Setting) -> DeviceMesh:
     return DeviceMesh.from_group(group, "cpu", mesh_dim_names=("tp",))
 
 
-def _run(model: nn.Module, step: Step) -> Simulation:
+def _run(model: nn.Module, step: Step, layers: Sequence[str]) -> Simulation:
     _leave_meta(model)
     if step.checkpointing:
         checkpoint_activations(model)
@@ -124,7 +130,8 @@ def _run(model: nn.Module, step: Step) -> Simulation:
         found.append(collective)
         return run()
 
-    with live, Watch(seen), _gradients_seen(model, live):
+    flow = Flow(model, layers)
+    with live, Watch(seen), flow, _gradients_seen(model, live):
         cache = _train(model, ids, live) if step.training else _prefill(model, ids, live)
         return Simulation(
             model=type(model).__name__,
@@ -135,6 +142,7 @@ def _run(model: nn.Module, step: Step) -> Simulation:
             peaks=dict(live.peaks),
             kernels=tuple(sorted(live.kernels)),
             collectives=tuple(found),
+            flows=flow.graphs,
         )
 
 
