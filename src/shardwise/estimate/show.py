@@ -11,6 +11,7 @@ from rich.table import Table
 from shardwise.debug.record import Collective
 from shardwise.estimate.kinds import LayerKind
 from shardwise.estimate.live import SCORES
+from shardwise.estimate.picture import scene, to_svg
 from shardwise.plan.notes import notes
 from shardwise.plan.show import amount, sections, shape, summary, table, title
 from shardwise.report import Page, Section
@@ -24,6 +25,7 @@ _ATTENTION = {
     "flash": "attention by torch's flash kernel",
     "efficient": "attention by torch's memory-efficient kernel",
 }
+_PICTURES = 4
 _COLLECTIVE = ("phase", "collective", "module", "tensor", "shape", "MiB")
 
 
@@ -55,6 +57,7 @@ def page(found: Estimate) -> Page:
         verdict=f"{amount(found.peak)} on a rank at most, in {found.peak_in}. {traffic(found)}",
         sections=[
             Section("Memory of a rank", text=assumptions(found), headings=("", "", "%", ""), rows=list(_memory(found))),
+            *pictures(found),
             *(
                 Section(
                     f"Collectives: {kind.title}",
@@ -67,6 +70,12 @@ def page(found: Estimate) -> Page:
             *sections(found.plan),
         ],
     )
+
+
+def pictures(found: Estimate) -> list[Section]:
+    """A drawing of each kind of layer, up to a few."""
+    drawn = [one for kind in found.kinds if (one := scene(kind, found.plan)) is not None][:_PICTURES]
+    return [Section(f"One of {one.title}" if "  x " in one.title else one.title, picture=to_svg(one)) for one in drawn]
 
 
 def heading(found: Estimate) -> str:

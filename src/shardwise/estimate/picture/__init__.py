@@ -1,0 +1,6 @@
+"""A layer drawn as on a whiteboard: its matrices cut in the ranks' colours, and the collectives between them."""
+
+from shardwise.estimate.picture.scene import Box, Scene, scene
+from shardwise.estimate.picture.svg import to_svg
+
+__all__ = ["Box", "Scene", "scene", "to_svg"]
