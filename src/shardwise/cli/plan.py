@@ -92,7 +92,7 @@ def plan(
             found: Comparison | Estimate | Plan = compare(config, sizes, given, ep_size=ep, **options)
         else:
             found = _find(config, sizes[0], given, ep, options, console)
-    for part in _parts(found, console.width):
+    for part in _parts(found, console):
         console.print(part)
     if html is not None:
         html.write_text(found.to_html(), encoding="utf-8")
@@ -101,10 +101,12 @@ def plan(
         raise typer.Exit(1)
 
 
-def _parts(found: Comparison | Estimate | Plan, width: int) -> list[RenderableType]:
+def _parts(found: Comparison | Estimate | Plan, console: Console) -> list[RenderableType]:
     if isinstance(found, Comparison):
         return found.text()
-    return show.text(found, width) if isinstance(found, Estimate) else plan_show.text(found, width)
+    if isinstance(found, Plan):
+        return plan_show.text(found, console.width)
+    return show.text(found, console.width, colours=console.color_system in ("256", "truecolor"))
 
 
 def _sizes(given: str) -> list[int]:

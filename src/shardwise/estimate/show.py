@@ -11,7 +11,7 @@ from rich.table import Table
 from shardwise.debug.record import Collective
 from shardwise.estimate.kinds import LayerKind
 from shardwise.estimate.live import SCORES
-from shardwise.estimate.picture import scene, to_svg
+from shardwise.estimate.picture import Scene, scene, to_svg, to_text
 from shardwise.plan.notes import notes
 from shardwise.plan.show import amount, sections, shape, summary, table, title
 from shardwise.report import Page, Section
@@ -25,15 +25,15 @@ _ATTENTION = {
     "flash": "attention by torch's flash kernel",
     "efficient": "attention by torch's memory-efficient kernel",
 }
-_PICTURES = 4
+_PICTURES, _DRAWN = 4, 2
 _COLLECTIVE = ("phase", "collective", "module", "tensor", "shape", "MiB")
 
 
-def text(found: Estimate, width: int = WIDTH) -> list[RenderableType]:
-    """Memory of a rank, what it sends, what is left whole, and the table of rules."""
+def text(found: Estimate, width: int = WIDTH, colours: bool = False) -> list[RenderableType]:
+    """Memory of a rank, what is left whole, what a rank sends, and the table of rules; with `colours`, pictures of layers."""
     said = [f"note  {note}" for note in notes(found.plan)]
     return [
-        f"[bold]{heading(found)}[/]",
+        f"[bold]{headline(found)}[/]",
         "",
         memory(found),
         "",
@@ -41,6 +41,7 @@ def text(found: Estimate, width: int = WIDTH) -> list[RenderableType]:
         *([""] if said else []),
         *said,
         "",
+        *(part for one in scenes(found)[:_DRAWN] * colours for part in (to_text(one), "")),
         *collectives(found),
         traffic(found),
         "",
@@ -53,7 +54,7 @@ def text(found: Estimate, width: int = WIDTH) -> list[RenderableType]:
 def page(found: Estimate) -> Page:
     """The same as a page."""
     return Page(
-        title=heading(found),
+        title=headline(found),
         verdict=f"{amount(found.peak)} on a rank at most, in {found.peak_in}. {traffic(found)}",
         sections=[
             Section("Memory of a rank", text=assumptions(found), headings=("", "", "%", ""), rows=list(_memory(found))),
@@ -74,11 +75,16 @@ def page(found: Estimate) -> Page:
 
 def pictures(found: Estimate) -> list[Section]:
     """A drawing of each kind of layer, up to a few."""
-    drawn = [one for kind in found.kinds if (one := scene(kind, found.plan)) is not None][:_PICTURES]
+    drawn = scenes(found)[:_PICTURES]
     return [Section(f"One of {one.title}" if "  x " in one.title else one.title, picture=to_svg(one)) for one in drawn]
 
 
-def heading(found: Estimate) -> str:
+def scenes(found: Estimate) -> list[Scene]:
+    """What there is to draw, of each kind of layer."""
+    return [one for kind in found.kinds if (one := scene(kind, found.plan)) is not None]
+
+
+def headline(found: Estimate) -> str:
     """Model, ranks and step."""
     return f"{found.model}, {title(found.plan)}: {found.step}"
 
@@ -110,7 +116,7 @@ def _memory(found: Estimate) -> Iterator[tuple[str, str, str, str]]:
             ("parameters", found.parameters, "with buffers"),
             ("gradients", found.gradients, "all of them, after backward"),
             ("optimizer", found.optimizer, found.step.optimizer),
-            ("activations", found.activations, "what forward keeps for backward, and what is in work, at their peak"),
+            ("activations", found.activations, "kept for backward, and in work, at their peak"),
         ]
     else:
         rows = [
@@ -128,9 +134,10 @@ def collectives(found: Estimate) -> list[RenderableType]:
     for kind in found.kinds:
         if not kind.collectives:
             continue
-        grid = Table(title=f"collectives of {kind.title}", title_justify="left", title_style="bold", box=None, pad_edge=False)
-        for name in _COLLECTIVE:
-            grid.add_column(name, justify="right" if name == "MiB" else "left", overflow="fold")
+        name = f"collectives of {kind.title}" if kind.layers[0] else f"collectives {kind.title}"
+        grid = Table(title=name, title_justify="left", title_style="bold", box=None, pad_edge=False)
+        for heading in _COLLECTIVE:
+            grid.add_column(heading, justify="right" if heading == "MiB" else "left", overflow="fold")
         for record in kind.collectives:
             grid.add_row(*_cells(kind, record))
         shown += [grid, ""]

@@ -107,7 +107,8 @@ class _RandomState:
 
     def __init__(self, device: torch.device) -> None:
         # Drawn before the state is kept, so that the next region gets another seed.
-        self._seed = int(torch.randint(2**62, ()).item())
+        seed = torch.randint(2**62, ())
+        self._seed = int(seed.item()) if type(seed) is torch.Tensor else 0  # a simulation's tensors have no values
         self._device = None if device.type == "cpu" else device
         self._cpu = torch.get_rng_state()
         self._other = torch.get_device_module(device).get_rng_state(device) if self._device is not None else None

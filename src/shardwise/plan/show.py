@@ -68,7 +68,9 @@ def sections(plan: Plan) -> list[Section]:
     left = [Section("Left whole", text="\n".join(said))] if said else []
     tables = [
         Section(
-            above or "Outside of the layers", headings=("parameter", *_HEADINGS), rows=[[name, *cells] for name, cells in rows]
+            above or "Outside of the layers",
+            headings=("parameter", *_HEADINGS),
+            rows=[[name, *("" if cell == "-" else cell for cell in cells)] for name, cells in rows],
         )
         for above, rows in _groups(plan).items()
     ]

@@ -41,7 +41,7 @@ class Box:
         name = self.module.rpartition(".")[2]
         if self.kind == "mix":
             return "attention" if "att" in name and "linear" not in name else name
-        return name
+        return f"{name} {self.matrices[0].name}" if [one.name for one in self.matrices] == ["bias"] else name
 
     @property
     def cut(self) -> bool:
@@ -157,10 +157,12 @@ def _backward(draft: _Draft, kind: LayerKind, record: Collective) -> None:
     at = draft.find("parameters", [module] if module else [])
     if at is None:
         draft.end.append(record)
-    elif record.parameter:
+    elif record.parameter or any(record.shape in (one.shape, one.local) for one in draft.boxes[at].matrices):
         draft.extend(at, record)
     elif (dual := _dual(draft, record)) is not None:
         draft.extend(dual, record)
+    elif not draft.boxes[at].cut and draft.boxes[at].module == module:
+        _behind(draft, at, record)
     else:
         _in_front(draft, at, record)
 
@@ -195,6 +197,15 @@ def _in_front(draft: _Draft, at: int, record: Collective) -> None:
     draft.boxes[number] = Box(number, "collective", target.module, target.inputs, collectives=(record,))
     for box in readers:
         draft.boxes[box.number] = replace(box, inputs=frozenset({number}))
+
+
+def _behind(draft: _Draft, at: int, record: Collective) -> None:
+    """Behind a module that every rank computes whole, whose output is then used by each rank's part of the heads."""
+    number = max(draft.boxes) + 1
+    for box in list(draft.boxes.values()):
+        if at in box.inputs and (box.kind != "parameters" or box.cut):
+            draft.boxes[box.number] = replace(box, inputs=box.inputs - {at} | {number})
+    draft.boxes[number] = Box(number, "collective", draft.boxes[at].module, frozenset({at}), collectives=(record,))
 
 
 def _at_the_top(draft: _Draft) -> None:

@@ -14,9 +14,10 @@ from shardwise.plan.show import amount, shape
 
 COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#72b7b2", "#b279a2", "#9d755d", "#eeca3b")
 WHOLE = "#d3d8df"
-_WIDTH, _MARGIN, _GAP, _BETWEEN = 1000, 70, 34, 28
+_WIDTH, _MARGIN, _GAP, _BETWEEN = 1000, 70, 34, 34
 _WIDEST, _LEAST, _DECK = 270, 9, 5
 _BAR, _BAR_LINE = 300, 20
+_ASIDE, _BELOW = 14, 4
 _LETTER, _SMALL = 7.4, 6.1  # wider than most fonts need
 _LEGEND = 16
 _STYLE = (
@@ -94,10 +95,22 @@ def _size(box: Box, scale: float) -> tuple[float, float]:
         return 26, 26
     if box.kind == "mix":
         return max(150, len(box.title) * _LETTER + 40), 34
-    sizes = [_matrix_size(one, scale) for one in box.matrices]
-    width = sum(size[0] for size in sizes) + 14 * (len(sizes) - 1)
+    width, height = _tensors_size(box, scale)
     words = max(len(box.title) * _LETTER, *(len(line) * _SMALL for line in _words(box)))
-    return max(width, words), 20 + max(size[1] for size in sizes) + 16 * len(_words(box)) + 2
+    return max(width, words), 20 + height + 16 * len(_words(box)) + 2
+
+
+def _tensors_size(box: Box, scale: float) -> tuple[float, float]:
+    """Matrices beside each other, and vectors below them."""
+    matrices, vectors = ([_matrix_size(one, scale) for one in group] for group in _groups(box))
+    width = sum(size[0] for size in matrices) + _ASIDE * max(len(matrices) - 1, 0)
+    height = max((size[1] for size in matrices), default=0) + sum(size[1] + _BELOW for size in vectors)
+    return max(width, *(size[0] for size in vectors), 0), height - (0 if matrices else _BELOW)
+
+
+def _groups(box: Box) -> tuple[list[Matrix], list[Matrix]]:
+    matrices = [one for one in box.matrices if one.rows > 1 or one.deck > 1]
+    return matrices, [one for one in box.matrices if one not in matrices]
 
 
 def _matrix_size(one: Matrix, scale: float) -> tuple[float, float]:
@@ -112,12 +125,16 @@ def _cards(one: Matrix) -> int:
 def _words(box: Box) -> list[str]:
     """The lines below a module's parameters."""
     lines = []
-    for one in box.matrices:
-        vector = one.rows == 1 and len(box.matrices) > 1 and one.name == "bias"
-        name = f"{one.name}: " if len(box.matrices) > 1 else ""
-        style = f", {one.style}" if one.style and not vector else ""
-        lines.append(f"{name}{shape(one.shape)}{style}")
+    matrices, vectors = _groups(box)
+    for one in matrices:
+        name = f"{one.name}: " if len(matrices) > 1 else ""
+        lines.append(f"{name}{shape(one.shape)}" + (f", {one.style}" if one.style else ""))
         lines += [f"{shape(one.local)} a rank"] if one.local != one.shape else []
+    for one in vectors:
+        name = f"{one.name}: " if len(box.matrices) > 1 else ""
+        cut = f", {shape(one.local)} a rank" if one.local != one.shape else ""
+        style = f", {one.style}" if one.style and not matrices else ""
+        lines.append(f"{name}{shape(one.shape)}{cut}{style}")
     return lines + [f"▲ {_op(one)} of its gradient, {amount(one.bytes)}" for one in box.collectives]
 
 
@@ -164,20 +181,25 @@ def _draw(box: Box, place: _Place, scale: float) -> Iterator[str]:
 
 def _parameters(box: Box, place: _Place, scale: float) -> Iterator[str]:
     yield _text(place.x, place.y + 12, box.title, "name")
-    sizes = [_matrix_size(one, scale) for one in box.matrices]
-    x = place.x - (sum(width for width, _ in sizes) + 14 * (len(sizes) - 1)) / 2
-    tall = max(height for _, height in sizes)
-    for one, (width, height) in zip(box.matrices, sizes, strict=True):
-        name = escape(f"{box.module}.{one.name}" if box.module else one.name)
-        yield f'<g class="matrix" data-name="{name}" data-deck="{one.deck}" data-dealt="{one.dealt}">'
-        yield from _matrix(one, x, place.y + 20 + (tall - height) / 2, scale)
-        yield "</g>"
-        x += width + 14
+    matrices, vectors = _groups(box)
+    sizes = [_matrix_size(one, scale) for one in matrices]
+    x, y = place.x - (sum(width for width, _ in sizes) + _ASIDE * (len(sizes) - 1)) / 2, place.y + 20
+    tall = max((height for _, height in sizes), default=0)
+    for one, (width, height) in zip(matrices, sizes, strict=True):
+        yield from _matrix(box, one, x, y + (tall - height) / 2, scale)
+        x += width + _ASIDE
+    y += tall + (_BELOW if matrices else 0)
+    for one in vectors:
+        width, height = _matrix_size(one, scale)
+        yield from _matrix(box, one, place.x - width / 2, y, scale)
+        y += height + _BELOW
     for number, line in enumerate(_words(box)):
-        yield _text(place.x, place.y + 20 + tall + 14 + 16 * number, line, "small")
+        yield _text(place.x, place.y + 20 + _tensors_size(box, scale)[1] + 14 + 16 * number, line, "small")
 
 
-def _matrix(one: Matrix, x: float, y: float, scale: float) -> Iterator[str]:
+def _matrix(box: Box, one: Matrix, x: float, y: float, scale: float) -> Iterator[str]:
+    name = escape(f"{box.module}.{one.name}" if box.module else one.name)
+    yield f'<g class="matrix" data-name="{name}" data-deck="{one.deck}" data-dealt="{one.dealt}">'
     width, height = max(one.columns * scale, _LEAST), max(one.rows * scale, _LEAST)
     for behind in range(_cards(one) - 1, 0, -1):
         rank = one.dealt * behind // _cards(one) if one.dealt else None
@@ -185,6 +207,7 @@ def _matrix(one: Matrix, x: float, y: float, scale: float) -> Iterator[str]:
     for part in one.parts:
         shown = Part(0, 0, 0, 1, 1) if one.dealt else part
         yield _rect(shown, x, y, width, height, "part")
+    yield "</g>"
 
 
 def _rect(part: Part, x: float, y: float, width: float, height: float, kind: str) -> str:
@@ -223,7 +246,7 @@ def _edges(picture: Scene, lines: Sequence[Sequence[Box]], places: dict[int, _Pl
             above = -1 if one == INPUT else row_of[one]
             begin = 26.0 if one == INPUT else places[one].bottom
             if here - above <= 1:
-                middle = tops[here] - 13
+                middle = tops[here] - 10 - 5 * (lines[here].index(box) % 3)  # lines to different boxes don't meet
                 yield _path([(start, begin), (start, middle), (to.x, middle), (to.x, to.y - 2)])
                 continue
             lane += 1
