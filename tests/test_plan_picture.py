@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import xml.etree.ElementTree as ET
 from collections import Counter, defaultdict
@@ -199,7 +200,7 @@ def test_sequence_parallel():
 def test_in_a_terminal():
     """Guards: a picture wider than a terminal of 100 columns, or one that leaves out a matrix, a rank or a collective."""
     picture = show.scenes(found("llama"))[0]
-    console = Console(width=100, record=True, file=open("/dev/null", "w"), color_system="truecolor", force_terminal=True)
+    console = Console(width=100, record=True, file=io.StringIO(), color_system="truecolor", force_terminal=True)
     console.print(to_text(picture))
     text = console.export_text(clear=False)
     assert max(map(len, text.splitlines())) <= 100
