@@ -7,22 +7,20 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
-from unittest.mock import patch
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 import shardwise
 from benchmarks.scale.models import CONFIGS, Case
-from benchmarks.scale.traffic import Count
-from shardwise.layers.dispatch import Dispatch, _Route
+from shardwise import Estimate
+from shardwise.debug.record import Collective
+from shardwise.estimate.kinds import payload_bytes, ring_bytes
 from shardwise.mesh import tp_mesh
 from shardwise.testing.fake import fake_rank
 
@@ -53,7 +51,7 @@ def measure(case: Case, config: PreTrainedConfig, tokens: int = 0) -> dict[str, 
         held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
         assert held == plan.local_bytes(0), "the plan says otherwise"
         construct_mib = peak() - start
-        counted, step_seconds = timed(lambda: step(model, tokens)) if tokens else (Count(), None)
+    step, step_seconds = timed(lambda: simulated(config, case, tokens)) if tokens else (None, None)
     ranks = [plan.local_bytes(rank) for rank in range(case.ranks)]
     return {
         "layers": config.num_hidden_layers,
@@ -70,7 +68,7 @@ def measure(case: Case, config: PreTrainedConfig, tokens: int = 0) -> dict[str, 
         "parameters": sum(row.bytes // row.dtype.itemsize for row in plan if not row.buffer),
         "most_bytes": max(ranks),
         "least_bytes": min(ranks),
-        "traffic": counted.report(),
+        "traffic": traffic(step.collectives) if step else {},
     }
 
 
@@ -80,32 +78,17 @@ def build(config: PreTrainedConfig) -> nn.Module:
         return AutoModelForCausalLM.from_config(config).train()
 
 
-def step(model: nn.Module, tokens: int) -> Count:
-    """Forward and backward of one sequence on fake tensors. The model lies on them afterwards."""
-    with FakeTensorMode(allow_non_fake_inputs=True), even_routing():
-        model.to_empty(device="cpu")
-        ids = torch.zeros(1, tokens, dtype=torch.long)
-        with Count() as counted:
-            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-    return counted
+def simulated(config: PreTrainedConfig, case: Case, tokens: int) -> Estimate:
+    """A training step of one sequence."""
+    return shardwise.estimate(config, case.tp, batch=1, sequence=tokens, ep_size=case.ep)
 
 
-@contextmanager
-def even_routing() -> Iterator[None]:
-    """In the block, tokens that travel go to all ranks evenly: where they go is read on the host, and fake ones don't say."""
-    with patch.object(Dispatch, "_route", _evenly):
-        yield
-
-
-def _evenly(self: Dispatch, ids: Tensor) -> _Route:
-    ranks, mine = self.ep.size(), self.experts[self.ep.get_local_rank()]
-    counts = torch.zeros(sum(self.experts), dtype=torch.long)
-    received = torch.empty(ranks * mine, dtype=torch.long)
-    dist.all_to_all_single(received, counts, [mine] * ranks, list(self.experts), group=self.ep.get_group())
-    each, rest = divmod(ids.numel(), ranks)
-    assert rest == 0, "tokens that every rank gets as many of"
-    sizes = (each,) * ranks
-    return _Route(torch.arange(ids.numel()), torch.zeros(ids.numel(), 1, dtype=torch.long), sizes, sizes)
+def traffic(collectives: Iterable[Collective]) -> dict[str, dict[str, int]]:
+    """How many collectives of each kind there are, the larger side of what is given to them, and what a ring would send."""
+    kinds: dict[str, Counter[str]] = {}
+    for one in collectives:
+        kinds.setdefault(one.op.replace("_", "-"), Counter()).update(calls=1, payload=payload_bytes(one), sent=ring_bytes(one))
+    return {kind: dict(found) for kind, found in sorted(kinds.items())}
 
 
 def _warm_up(config: PreTrainedConfig, case: Case) -> None:
