@@ -110,6 +110,48 @@ def test_plan_of_a_folder(
     assert "gate_proj" in page.read_text(encoding="utf-8")
 
 
+def test_plan_of_several_sizes(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards: one size that can't be hiding the others, or its reason; success where no size can be; sizes that are none."""
+    page = tmp_path / "sizes.html"
+    assert run(monkeypatch, "plan", tiny, "--tp", "1,2,5", "--html", page) == 0
+    shown = capsys.readouterr().out
+    assert [line.split()[0] for line in shown.splitlines() if re.match(r" *[125] ", line)] == ["1", "2", "5"]
+    assert "tp=5 cannot be: model.layers.0.self_attn" in shown
+    assert max(map(len, shown.splitlines())) <= 100
+    assert "cannot be" in page.read_text(encoding="utf-8")
+    assert run(monkeypatch, "plan", tiny, "--tp", "5,7") == 1
+    assert run(monkeypatch, "plan", tiny, "--tp", "2,x") == 2
+    assert run(monkeypatch, "plan", tiny, "--tp", "0") == 2
+
+
+def test_plan_with_options(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards: an option that the command does not hand on."""
+    rules = tmp_path / "rules.json"
+    rules.write_text('{"layers.*.mlp": "replicate"}', encoding="utf-8")
+    given = ("--batch", 3, "--sequence", 20, "--dtype", "bfloat16", "--optimizer", "sgd", "--device", "cuda", "--checkpointing")
+    assert run(monkeypatch, "plan", tiny, "--tp", 2, *given, "--plan", rules) == 0
+    shown = capsys.readouterr().out
+    for word in ("3 x 20 tokens on cuda, sgd, activation", "bfloat16", "recompute", "layers.*.mlp: whole on every rank"):
+        assert word in shown
+    assert run(monkeypatch, "plan", tiny, "--tp", 2, "--inference") == 0
+    assert "KV cache" in capsys.readouterr().out
+    rules.write_text("[1]", encoding="utf-8")
+    assert run(monkeypatch, "plan", tiny, "--tp", 2, "--plan", rules) == 1
+    assert "an object of pattern: style" in capsys.readouterr().err
+
+
+def test_plan_of_what_cannot_be_simulated(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards: a model whose code asks for values, of which not even the rules are shown."""
+    assert run(monkeypatch, "plan", "longcat_flash", "--tp", 2) == 0
+    shown = capsys.readouterr().out
+    assert "can't be simulated" in shown
+    assert "kv_b_proj" in shown
+
+
 def test_plan_of_a_model_type(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Guards: a model type taken for a hub id, which would ask the network."""
     assert run(monkeypatch, "plan", "qwen3", "--tp", 2) == 0

@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.models.llama import modeling_llama
 
 import shardwise
 from models import TYPES, config
@@ -196,10 +197,16 @@ def test_a_process_group_is_left_alone(threads):
     assert not dist.is_initialized()
 
 
-def test_nothing_is_left_behind():
+def test_nothing_is_left_behind(monkeypatch):
     """Guards: a random state that a simulation moves on; a group that it leaves when the plan can't be."""
-    before = torch.get_rng_state()
-    estimated("qwen3_moe")
+    before, plain = torch.get_rng_state(), modeling_llama.LlamaMLP.forward
+
+    def seeds(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(11)
+        return plain(self, x)
+
+    monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", seeds)
+    estimated("llama")
     assert torch.equal(before, torch.get_rng_state())
     with pytest.raises(PlanError, match="tp=3"):
         shardwise.estimate(config("llama"), 3)
@@ -213,8 +220,6 @@ class _AsksForValues(nn.Module):
 
 def test_what_cannot_be_simulated(monkeypatch):
     """Guards: a traceback of torch's where a model's code asks for values; a message that does not say where."""
-    from transformers.models.llama import modeling_llama
-
     monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", lambda self, x: self.down_proj(_AsksForValues()(self.up_proj(x))))
     with pytest.raises(SimulationError, match=r"LlamaForCausalLM: a step can't be simulated(.|\n)*modeling_llama\.py, line"):
         estimated("llama")
@@ -251,3 +256,10 @@ def test_other_types_are_simulated(name):
     found = shardwise.estimate(tiny.config(name), 2, batch=2, sequence=16)
     assert found.peak > found.parameters
     assert found.collectives
+
+
+def test_dropout_inside_of_a_region():
+    """Guards: a random seed of ours that is read from a tensor without a value, where a model drops out elements."""
+    rates = {"attn_pdrop": 0.1, "resid_pdrop": 0.1}
+    dropped, plain = (shardwise.estimate(tiny.config("gpt2", **given), 2, batch=2, sequence=16) for given in (rates, {}))
+    assert dropped.activations > plain.activations  # the masks

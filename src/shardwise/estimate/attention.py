@@ -28,7 +28,12 @@ class _CudaAttention(TorchFunctionMode):
     ) -> Any:
         """Every function of torch comes by here."""
         kwargs = kwargs or {}
-        return _attention(*args, **kwargs) if func is scaled_dot_product_attention else func(*args, **kwargs)
+        if func is scaled_dot_product_attention:
+            return _attention(*args, **kwargs)
+        if func is Tensor.backward:  # torch turns the mode off in here, and activation checkpointing runs forward again
+            with self:
+                return func(*args, **kwargs)
+        return func(*args, **kwargs)
 
 
 def _attention(
