@@ -135,7 +135,7 @@ def test_plan_with_options(
     given = ("--batch", 3, "--sequence", 20, "--dtype", "bfloat16", "--optimizer", "sgd", "--device", "cuda", "--checkpointing")
     assert run(monkeypatch, "plan", tiny, "--tp", 2, *given, "--plan", rules) == 0
     shown = capsys.readouterr().out
-    for word in ("3 x 20 tokens on cuda, sgd, activation", "bfloat16", "recompute", "layers.*.mlp: whole on every rank"):
+    for word in ("3 x 20 tokens on cuda, sgd", "bfloat16", "recompute", "layers.*.mlp: whole on every rank"):
         assert word in shown
     assert run(monkeypatch, "plan", tiny, "--tp", 2, "--inference") == 0
     assert "KV cache" in capsys.readouterr().out

@@ -2,38 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
+from torch.nn import functional
 
 _FLASH_DTYPES = (torch.float16, torch.bfloat16)
 _FLASH_HEAD = 256
 
 
-def attention_of(device: str) -> AbstractContextManager[object]:
-    """In the block, attention takes the kernels of `device`: "cuda", or whichever torch has for CPUs."""
-    return _CudaAttention() if device == "cuda" else nullcontext()
+@contextmanager
+def attention_of(device: str) -> Iterator[None]:
+    """In the block, attention takes the kernels of `device`: "cuda", or whichever torch has for CPUs.
 
-
-class _CudaAttention(TorchFunctionMode):
-    """Chooses as torch does for CUDA: flash, else memory-efficient attention, else scores."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: object, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        """Every function of torch comes by here."""
-        kwargs = kwargs or {}
-        if func is scaled_dot_product_attention:
-            return _attention(*args, **kwargs)
-        if func is Tensor.backward:  # torch turns the mode off in here, and activation checkpointing runs forward again
-            with self:
-                return func(*args, **kwargs)
-        return func(*args, **kwargs)
+    torch's function is replaced: a mode for functions is off in backward, where activation checkpointing runs forward again.
+    """
+    before = functional.scaled_dot_product_attention
+    if device == "cuda":
+        functional.scaled_dot_product_attention = _attention
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = before
 
 
 def _attention(
@@ -46,6 +38,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
+    """As `scaled_dot_product_attention`, chosen as torch does for CUDA: flash, else memory-efficient, else over scores."""
     operators = torch.ops.aten
     features = query.shape[-1]
     flash = attn_mask is None and query.dtype in _FLASH_DTYPES and value.shape[-1] == features <= _FLASH_HEAD

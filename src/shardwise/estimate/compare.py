@@ -18,6 +18,7 @@ from shardwise.plan import Plan
 from shardwise.plan.notes import notes
 from shardwise.report import Page, Section, as_text
 
+_LEGEND = "MiB on a rank; share: parameters, in parts of 1/tp; a step's collectives, and what a rank puts in."
 _TRAINING = ("tp", "parameters", "gradients", "optimizer", "activations", "peak", "share", "collectives", "put in")
 _PREFILL = ("tp", "parameters", "KV cache", "activations", "peak", "share", "collectives", "put in")
 
@@ -48,23 +49,22 @@ class Comparison:
             grid.add_row(*row)
         said = [f"note  tp={size}: {note}" for size, note in self._notes()]
         refused = [f"tp={size} cannot be: {reason}" for size, reason in self._refused()]
-        legend = "MiB on a rank; share: parameters, in parts of 1/tp; a step's collectives, and what a rank puts in."
         unknown = [self.unsimulated] if self.unsimulated else []
         below: list[RenderableType] = [*refused, *unknown, *said]
-        return [f"[bold]{self._title}[/]", legend, "", grid, *([""] if below else []), *below]
+        return [f"[bold]{self._title}[/]", _LEGEND, "", grid, *([""] if below else []), *below]
 
     def __str__(self) -> str:
         return as_text(*self.text())
 
     def to_html(self) -> str:
         """A page that stands alone."""
-        sections = [Section("Sizes", text="MiB on a rank.", headings=self._headings, rows=self._rows())]
+        sections = [Section("Sizes", text=_LEGEND, headings=self._headings, rows=self._rows())]
         if refused := self._refused():
             sections.append(Section("Sizes that cannot be", headings=("tp", "why"), rows=[[str(n), why] for n, why in refused]))
         if self.unsimulated:
             sections.append(Section("Not simulated", text=self.unsimulated))
         if said := self._notes():
-            sections.append(Section("Left whole", headings=("tp", ""), rows=[[str(size), note] for size, note in said]))
+            sections.append(Section("Left whole", text="\n".join(f"tp={size}: {note}" for size, note in said)))
         return Page(title=self._title, sections=sections).to_html()
 
     @property

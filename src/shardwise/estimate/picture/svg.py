@@ -212,10 +212,11 @@ def _matrix(box: Box, one: Matrix, x: float, y: float, scale: float) -> Iterator
 
 def _rect(part: Part, x: float, y: float, width: float, height: float, kind: str) -> str:
     rank = "" if part.rank is None else f' data-rank="{part.rank}"'
+    line = 0.6 if min(part.width * width, part.height * height) > 4 else 0  # which would be most of a thin piece
     return (
         f'<rect class="{kind}"{rank} x="{x + part.left * width:.2f}" y="{y + part.top * height:.2f}" '
         f'width="{part.width * width:.2f}" height="{part.height * height:.2f}" fill="{colour(part.rank)}" '
-        'stroke="#fff" stroke-width="0.6"/>'
+        f'stroke="#fff" stroke-width="{line}"/>'
     )
 
 
