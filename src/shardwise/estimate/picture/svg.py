@@ -3,49 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from html import escape
 
 from shardwise.debug.record import Collective
-from shardwise.estimate.flow import INPUT
+from shardwise.estimate.picture.lines import MARGIN, WIDTH, Place, brackets, colour, edges, ends, legend, text
 from shardwise.estimate.picture.matrix import Matrix, Part
 from shardwise.estimate.picture.scene import Box, Scene
 from shardwise.plan.show import amount, shape
 
-COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#72b7b2", "#b279a2", "#9d755d", "#eeca3b")
-WHOLE = "#d3d8df"
-_WIDTH, _MARGIN, _GAP, _BETWEEN = 1000, 70, 34, 34
+_GAP, _BETWEEN = 34, 34
 _WIDEST, _LEAST, _DECK = 270, 9, 5
 _BAR, _BAR_LINE = 300, 20
 _ASIDE, _BELOW = 14, 4
 _LETTER, _SMALL = 7.4, 6.1  # wider than most fonts need
-_LEGEND = 16
 _STYLE = (
     "text{font:12px system-ui,-apple-system,'Segoe UI',sans-serif;fill:#1c2430}"
     ".name{font-weight:600}.small{font-size:11px;fill:#5c6675}.light{fill:#fff;font-weight:600}"
     ".edge{fill:none;stroke:#8a94a3;stroke-width:1.3}.bracket{fill:none;stroke:#c3c9d2;stroke-width:1.5}"
 )
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a box stands: the middle, the top, and its size."""
-
-    x: float
-    y: float
-    width: float
-    height: float
-
-    @property
-    def bottom(self) -> float:
-        return self.y + self.height
-
-
-def colour(rank: int | None) -> str:
-    """Of a rank; of what every rank holds."""
-    if rank is None:
-        return WHOLE
-    return COLOURS[rank] if rank < len(COLOURS) else f"hsl({rank * 47 % 360} 45% {45 + rank * 13 % 25}%)"
 
 
 def to_svg(picture: Scene) -> str:
@@ -54,15 +29,15 @@ def to_svg(picture: Scene) -> str:
     lines = [line for row in picture.rows for line in _wrapped(row, scale)]
     places, height = _places(lines, scale)
     body = [
-        *_edges(picture, lines, places),
+        *edges(picture, lines, places),
         *(part for box in picture.boxes for part in _draw(box, places[box.number], scale)),
-        *_brackets(lines, places),
-        *_ends(picture, places, height),
-        *_legend(picture, height + 22),
+        *brackets(lines, places),
+        *ends(picture, places, height),
+        *legend(picture, height + 22),
     ]
     whole = height + 58
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {whole:.0f}" width="{_WIDTH}" height="{whole:.0f}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {whole:.0f}" width="{WIDTH}" height="{whole:.0f}" '
         f'style="min-width:760px" role="img" aria-label="{escape(picture.title)}"><title>{escape(picture.title)}</title>'
         f"<style>{_STYLE}</style>"
         '<defs><marker id="to" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
@@ -79,7 +54,7 @@ def _wrapped(row: Sequence[Box], scale: float) -> Iterator[list[Box]]:
     """`row` in as many lines as it needs."""
     line: list[Box] = []
     for box in row:
-        if line and sum(_size(one, scale)[0] + _GAP for one in [*line, box]) > _WIDTH - 2 * _MARGIN:
+        if line and sum(_size(one, scale)[0] + _GAP for one in [*line, box]) > WIDTH - 2 * MARGIN:
             yield line
             line = []
         line.append(box)
@@ -148,39 +123,39 @@ def _said(record: Collective) -> str:
     return f"{arrow} {_op(record)}{what}  {amount(record.bytes)}  {record.dtype} {shape(record.shape)}"
 
 
-def _places(lines: Sequence[Sequence[Box]], scale: float) -> tuple[dict[int, _Place], float]:
-    places: dict[int, _Place] = {}
+def _places(lines: Sequence[Sequence[Box]], scale: float) -> tuple[dict[int, Place], float]:
+    places: dict[int, Place] = {}
     y = 34.0
     for line in lines:
         sizes = [_size(box, scale) for box in line]
-        x = (_WIDTH - sum(width + _GAP for width, _ in sizes) + _GAP) / 2
+        x = (WIDTH - sum(width + _GAP for width, _ in sizes) + _GAP) / 2
         tall = max(height for _, height in sizes)
         for box, (width, height) in zip(line, sizes, strict=True):
-            places[box.number] = _Place(x + width / 2, y + (tall - height) / 2, width, height)
+            places[box.number] = Place(x + width / 2, y + (tall - height) / 2, width, height)
             x += width + _GAP
         y += tall + _BETWEEN
     return places, y - _BETWEEN + 30
 
 
-def _draw(box: Box, place: _Place, scale: float) -> Iterator[str]:
+def _draw(box: Box, place: Place, scale: float) -> Iterator[str]:
     if box.kind == "collective":
         yield from _bar(box, place)
     elif box.kind == "sum":
         yield f'<circle cx="{place.x:.1f}" cy="{place.y + 13:.1f}" r="12" fill="#fff" stroke="#5c6675" stroke-width="1.5"/>'
-        yield _text(place.x, place.y + 18, "+", "name")
+        yield text(place.x, place.y + 18, "+", "name")
     elif box.kind == "mix":
         left = place.x - place.width / 2
         yield (
             f'<rect x="{left:.1f}" y="{place.y:.1f}" width="{place.width:.1f}" height="{place.height}" rx="17" fill="#eef1f5" '
             'stroke="#8a94a3"/>'
         )
-        yield _text(place.x, place.y + 21, box.title, "name")
+        yield text(place.x, place.y + 21, box.title, "name")
     else:
         yield from _parameters(box, place, scale)
 
 
-def _parameters(box: Box, place: _Place, scale: float) -> Iterator[str]:
-    yield _text(place.x, place.y + 12, box.title, "name")
+def _parameters(box: Box, place: Place, scale: float) -> Iterator[str]:
+    yield text(place.x, place.y + 12, box.title, "name")
     matrices, vectors = _groups(box)
     sizes = [_matrix_size(one, scale) for one in matrices]
     x, y = place.x - (sum(width for width, _ in sizes) + _ASIDE * (len(sizes) - 1)) / 2, place.y + 20
@@ -194,7 +169,7 @@ def _parameters(box: Box, place: _Place, scale: float) -> Iterator[str]:
         yield from _matrix(box, one, place.x - width / 2, y, scale)
         y += height + _BELOW
     for number, line in enumerate(_words(box)):
-        yield _text(place.x, place.y + 20 + _tensors_size(box, scale)[1] + 14 + 16 * number, line, "small")
+        yield text(place.x, place.y + 20 + _tensors_size(box, scale)[1] + 14 + 16 * number, line, "small")
 
 
 def _matrix(box: Box, one: Matrix, x: float, y: float, scale: float) -> Iterator[str]:
@@ -220,7 +195,7 @@ def _rect(part: Part, x: float, y: float, width: float, height: float, kind: str
     )
 
 
-def _bar(box: Box, place: _Place) -> Iterator[str]:
+def _bar(box: Box, place: Place) -> Iterator[str]:
     passes = all(record.phase == "backward" for record in box.collectives)
     left, fill, words = place.x - place.width / 2, "#fff" if passes else "#2b3442", "" if passes else "light"
     dashes = ' stroke-dasharray="5 4"' if passes else ""
@@ -231,80 +206,5 @@ def _bar(box: Box, place: _Place) -> Iterator[str]:
     for number, record in enumerate(box.collectives):
         yield (
             f'<g class="collective" data-op="{record.op}" data-phase="{record.phase}" data-bytes="{record.bytes}">'
-            f"{_text(place.x, place.y + 18 + _BAR_LINE * number, _said(record), words)}</g>"
+            f"{text(place.x, place.y + 18 + _BAR_LINE * number, _said(record), words)}</g>"
         )
-
-
-def _edges(picture: Scene, lines: Sequence[Sequence[Box]], places: dict[int, _Place]) -> Iterator[str]:
-    row_of = {box.number: number for number, line in enumerate(lines) for box in line}
-    tops = [min(places[box.number].y for box in line) for line in lines]
-    bottoms = [max(places[box.number].bottom for box in line) for line in lines]
-    lane = 0
-    for box in picture.boxes:
-        here, to = row_of[box.number], places[box.number]
-        for one in sorted(box.inputs):
-            start = _WIDTH / 2 if one == INPUT else places[one].x
-            above = -1 if one == INPUT else row_of[one]
-            begin = 26.0 if one == INPUT else places[one].bottom
-            if here - above <= 1:
-                middle = tops[here] - 10 - 5 * (lines[here].index(box) % 3)  # lines to different boxes don't meet
-                yield _path([(start, begin), (start, middle), (to.x, middle), (to.x, to.y - 2)])
-                continue
-            lane += 1
-            x = 12 + 11 * ((lane - 1) % 5)
-            leave = begin + 7 if one == INPUT else bottoms[above] + 8
-            arrive = (to.x - to.width / 2 - 2, to.y + to.height / 2)
-            if box.kind == "sum" and len(lines[here]) == 1:
-                yield _path([(start, begin), (start, leave), (x, leave), (x, arrive[1]), arrive])
-            else:
-                into = tops[here] - 8
-                yield _path([(start, begin), (start, leave), (x, leave), (x, into), (to.x - 6, into), (to.x - 6, to.y - 2)])
-
-
-def _path(points: Sequence[tuple[float, float]]) -> str:
-    steps = " L".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    return f'<path class="edge" d="M{steps}" marker-end="url(#to)"/>'
-
-
-def _brackets(lines: Sequence[Sequence[Box]], places: dict[int, _Place]) -> Iterator[str]:
-    """On the right, which part of the layer it is."""
-    runs: list[tuple[str, float, float]] = []
-    for line in lines:
-        names = {box.module.split(".")[0] for box in line if "." in box.module or box.kind == "mix"}
-        top, bottom = min(places[box.number].y for box in line), max(places[box.number].bottom for box in line)
-        name = names.pop() if len(names) == 1 else ""
-        if runs and runs[-1][0] == name:
-            runs[-1] = (name, runs[-1][1], bottom)
-        else:
-            runs.append((name, top, bottom))
-    for name, top, bottom in runs:
-        if name:
-            x, middle = _WIDTH - 30, (top + bottom) / 2
-            yield f'<path class="bracket" d="M{x - 8},{top:.1f} L{x},{top:.1f} L{x},{bottom:.1f} L{x - 8},{bottom:.1f}"/>'
-            yield (
-                f'<text class="name" text-anchor="middle" transform="translate({x + 16},{middle:.1f}) rotate(90)">'
-                f"{escape(name)}</text>"
-            )
-
-
-def _ends(picture: Scene, places: dict[int, _Place], height: float) -> Iterator[str]:
-    yield _text(_WIDTH / 2, 16, "hidden states", "small")
-    last = places[picture.last]
-    yield _path([(last.x, last.bottom), (last.x, height - 12)])
-    yield _text(last.x, height + 2, "to the next layer", "small")
-
-
-def _legend(picture: Scene, y: float) -> Iterator[str]:
-    x = float(_MARGIN)
-    shown = list(range(min(picture.ranks, _LEGEND)))
-    for rank in (*shown, None):
-        name = "whole on every rank" if rank is None else str(rank) if rank else "rank 0"
-        yield f'<rect x="{x:.1f}" y="{y:.1f}" width="12" height="12" fill="{colour(rank)}"/>'
-        yield f'<text class="small" x="{x + 17:.1f}" y="{y + 10:.1f}">{name}</text>'
-        x += 17 + len(name) * 6.2 + 14
-    words = "▼ in forward  ▲ in backward; a dashed bar lets forward pass"
-    yield f'<text class="small" x="{x + 6:.1f}" y="{y + 10:.1f}">{words}</text>'
-
-
-def _text(x: float, y: float, words: str, kind: str) -> str:
-    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="middle">{escape(words)}</text>'

@@ -8,9 +8,9 @@ from rich.table import Table
 from rich.text import Text
 
 from shardwise.debug.record import Collective
+from shardwise.estimate.picture.lines import WHOLE, colour
 from shardwise.estimate.picture.matrix import Matrix
 from shardwise.estimate.picture.scene import Box, Scene
-from shardwise.estimate.picture.svg import WHOLE, colour
 from shardwise.plan.show import amount, shape
 
 _COLUMNS, _LINES = 26, 4
