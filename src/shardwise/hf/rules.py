@@ -131,9 +131,12 @@ def build_on_meta(config: PreTrainedConfig) -> nn.Module:
 
 
 def build(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The model of `config`, as transformers initialises it: of the class that `build_on_meta` says."""
+    """The model of `config`, as transformers initialises it: of the class that `build_on_meta` says. By default in the config's
+    own dtype.
+    """
     kind = class_of(config)
-    made: PreTrainedModel = (kind._from_config if issubclass(kind, PreTrainedModel) else kind.from_config)(config, dtype=dtype)
+    given = {} if dtype is None else {"dtype": dtype}  # None would stand before what the config says
+    made: PreTrainedModel = (kind._from_config if issubclass(kind, PreTrainedModel) else kind.from_config)(config, **given)
     return made
 
 
