@@ -21,6 +21,8 @@ _MACHINERY = (
     "shardwise.debug.",
     "shardwise.shm.",
     "shardwise.collectives",
+    "shardwise.model",
+    "shardwise.testing.",
     "transformers.utils",
     "multiprocessing.",
     "threading",
@@ -38,7 +40,7 @@ def stack_lines(frame: FrameType | None) -> list[str]:
 
 
 def _is_machinery(frame: FrameType) -> bool:
-    return str(frame.f_globals.get("__name__", "")).startswith(_MACHINERY) or frame.f_code.co_filename.startswith("<frozen")
+    return str(frame.f_globals.get("__name__", "")).startswith(_MACHINERY) or frame.f_code.co_filename.startswith("<")
 
 
 def _describe(frame: FrameType, line: int) -> str:

@@ -6,6 +6,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shardwise.api import make_plan
+from shardwise.hf import build_on_meta
+from shardwise.plan import Plan
 from shardwise.verify.arrange import Same
 from shardwise.verify.checks import Findings, make_checks, measure_ranks, saved_by_ranks
 from shardwise.verify.compare import saved_tensor
@@ -14,7 +17,7 @@ from shardwise.verify.locate import BACKWARD, Difference, apart
 from shardwise.verify.one import saved_by_one
 from shardwise.verify.record import Key
 from shardwise.verify.result import Culprit, Hypothesis, Verification
-from shardwise.verify.search import find_culprit
+from shardwise.verify.search import find_culprit, rule_of
 from shardwise.verify.settings import Settings
 
 
@@ -27,7 +30,7 @@ def verify_on_ranks(settings: Settings) -> Verification | None:
     if dist.get_rank() > 0:
         return None
     if culprit is None and found.accumulation is not None:
-        culprit = _accumulation(found, settings.world)
+        culprit = _accumulation(found, settings)
     if culprit is None and number[0] is None and found.saved:
         culprit = _saved(settings, found.saved)
     return Verification(
@@ -85,10 +88,11 @@ def _notes(settings: Settings, found: Findings, culprit: Culprit | None, number:
     return notes
 
 
-def _accumulation(found: Findings, size: int) -> Culprit:
+def _accumulation(found: Findings, settings: Settings) -> Culprit:
     """A gradient that is right after the first micro-batch, and wrong after later ones."""
     assert found.accumulation is not None
     name, ours, right = found.accumulation
+    size = settings.world
     number = len(ours) - 1
     floor = 1e-3 * float(right[-1].abs().max())
     difference = Difference(
@@ -115,7 +119,7 @@ def _accumulation(found: Findings, size: int) -> Culprit:
         module=module,
         what=f"the gradient of its {parameter}, accumulated over {number + 1} micro-batches",
         phase="backward",
-        style="",
+        style=rule_of(_plan(settings), module),
         error=difference.error,
         bound=BACKWARD,
         shape=tuple(right[-1].shape),
@@ -138,13 +142,17 @@ def _saved(settings: Settings, keys: list[str]) -> Culprit:
         module=name.rpartition(".")[0],
         what=f"{name} {missing}",
         phase="save",
-        style="",
+        style=rule_of(_plan(settings), name.rpartition(".")[0]),
         error=error,
         bound=0.0,
         shape=tuple(right.shape) if right is not None else (),
         hypotheses=tuple(made),
         note=f"{len(keys)} keys differ: {', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''}.",
     )
+
+
+def _plan(settings: Settings) -> Plan:
+    return make_plan(build_on_meta(settings.subject().config), settings.tp, settings.plan, ep_size=settings.ep)
 
 
 def _of_saved(name: str, ours: Tensor, right: Tensor) -> Difference:

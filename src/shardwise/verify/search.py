@@ -154,16 +154,21 @@ def _recut(plan: Plan, other: Plan) -> str:
     return ""
 
 
+def rule_of(plan: Plan, module: str) -> str:
+    """The rule that a module got, with whose it is."""
+    rule = next((row.rule for row in plan.modules if row.name == module), None)
+    return str(rule) if rule is not None else "no rule: every rank computes it alike"
+
+
 def _explain(found: Difference, blamed: str, side: _Side, one: Recorded, trials: Sequence[Hypothesis]) -> Culprit:
-    key, row = found.key, next((row for row in side.plan.modules if row.name == blamed), None)
+    key = found.key
     bias = side.biases.get(blamed) if key.kind == "output" else None
     made = ranked([*hypotheses(found, side.plan.size, bias), *trials])
-    style = f"{row.rule}" if row is not None and row.rule is not None else "no rule: every rank computes it alike"
     return Culprit(
         module=blamed,
         what=_what(key, blamed),
         phase="backward" if found.backward else "forward",
-        style=style,
+        style=rule_of(side.plan, blamed),
         error=found.error,
         bound=found.bound,
         shape=tuple(found.expected.shape),
@@ -226,12 +231,11 @@ def _only_raised(side: _Side) -> Culprit | None:
     if side.raised is None or side.ranks is None:
         return None
     name = side.ranks[0].raised_in or ""
-    row = next((row for row in side.plan.modules if row.name == name), None)
     return Culprit(
         module=name,
         what=f"raises {side.raised.message}",
         phase="forward",
-        style=str(row.rule) if row is not None and row.rule is not None else "no rule: every rank computes it alike",
+        style=rule_of(side.plan, name),
         error=None,
         bound=0.0,
         note="Everything that could be compared before it is right.",
