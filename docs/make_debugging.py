@@ -1,14 +1,16 @@
-"""docs/debugging.md: what its commands print is what stands there.
+"""docs/debugging.md and docs/trace.md: what their commands print is what stands there.
 
-python docs/make_debugging.py
+python docs/make_debugging.py [debugging | trace]
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 DOCS = Path(__file__).parent
@@ -21,16 +23,20 @@ MARK = re.compile(r"^<!-- (FILE|RUN!?|PDB|FAIL) (.+) -->$", re.MULTILINE)
 
 
 def main() -> None:
-    """Write the page."""
-    text = MARK.sub(lambda mark: shown(*mark.groups()), (DOCS / "debugging.template.md").read_text(encoding="utf-8"))
-    (DOCS / "debugging.md").write_text(text, encoding="utf-8")
+    """Write the pages."""
+    for page in sys.argv[1:] or ("debugging", "trace"):
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = shutil.copytree(FILES, Path(scratch) / "debugging")
+            template = (DOCS / f"{page}.template.md").read_text(encoding="utf-8")
+            text = MARK.sub(lambda mark, folder=folder: shown(folder, *mark.groups()), template)  # type: ignore[misc]
+        (DOCS / f"{page}.md").write_text(text, encoding="utf-8")
 
 
-def shown(kind: str, what: str) -> str:
+def shown(folder: Path, kind: str, what: str) -> str:
     """The block that stands for a mark."""
     if kind == "FILE":
         return f"```python\n{(FILES / what).read_text(encoding='utf-8').strip()}\n```"
-    output = run(what, fails=kind in ("RUN!", "FAIL"), typed=COMMANDS if kind == "PDB" else "")
+    output = run(folder, what, fails=kind in ("RUN!", "FAIL"), typed=COMMANDS if kind == "PDB" else "")
     if kind == "PDB":
         output = debugged(output)
     if kind == "FAIL":
@@ -38,19 +44,19 @@ def shown(kind: str, what: str) -> str:
     return f"```\n$ {what}\n{output}\n```"
 
 
-def run(command: str, fails: bool, typed: str) -> str:
+def run(folder: Path, command: str, fails: bool, typed: str) -> str:
     """What a user in the folder sees. Raises `SystemExit` where it fails and should not, or the other way round."""
     environment = os.environ | {"COLUMNS": str(WIDTH), "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": ""}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     line = command.replace("shardwise ", f"{sys.executable} -m shardwise.cli ", 1).replace("torchrun", "torchrun --standalone")
     done = subprocess.run(
-        line, shell=True, cwd=FILES, env=environment, input=typed, capture_output=True, text=True, check=False
+        line, shell=True, cwd=folder, env=environment, input=typed, capture_output=True, text=True, check=False
     )
     if bool(done.returncode) != fails:
         raise SystemExit(f"{command}\n{done.stdout}\n{done.stderr}")
     said = done.stdout + (done.stderr if "torchrun" in command else "")
     lines = [line.rstrip() for line in said.splitlines() if not NOISE.match(line) or "torchrun" not in command]
-    return "\n".join(lines).strip("\n").replace(f"{FILES}{os.sep}", "")
+    return "\n".join(lines).strip("\n").replace(f"{folder}{os.sep}", "")
 
 
 def debugged(output: str) -> str:

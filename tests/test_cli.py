@@ -51,6 +51,21 @@ OPTIONS = {
         *("--tp", "--compile", "--against", "--random", "--layers", "--mode", "--dtype", "--batch", "--sequence"),
         *("--steps", "--warmup", "--stacks", "--output", "--help"),
     },
+    ("trace",): {
+        "--tp",
+        "--mode",
+        "--compile",
+        "--check",
+        "--plan",
+        "--batch",
+        "--sequence",
+        "--layers",
+        "--random",
+        "--json",
+        "--html",
+        "--against",
+        "--help",
+    },
     ("verify",): {
         *("--tp", "--ep", "--dtype", "--compile", "--layers", "--random", "--plan", "--import", "--sequence-parallel"),
         *("--batch", "--sequence", "--timeout", "--html", "--json", "--help"),
@@ -87,7 +102,7 @@ def test_options_are_these(command: tuple[str, ...]) -> None:
 def test_commands_are_these() -> None:
     """Guards: a command that appears or vanishes without anyone deciding so."""
     commands = {command.name or command.callback.__name__ for command in cli.app.registered_commands}
-    assert commands == {"demo", "generate", "plan", "profile", "verify"}
+    assert commands == {"demo", "generate", "plan", "profile", "trace", "verify"}
 
 
 def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -141,7 +156,7 @@ def test_plan_with_options(
     assert "KV cache" in capsys.readouterr().out
     rules.write_text("[1]", encoding="utf-8")
     assert run(monkeypatch, "plan", tiny, "--tp", 2, "--plan", rules) == 1
-    assert "an object of pattern: style" in capsys.readouterr().err
+    assert "a JSON object of patterns and styles" in capsys.readouterr().err
 
 
 def test_plan_of_what_cannot_be_simulated(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""docs/debugging.md: the programs on it do what it says."""
+"""docs/debugging.md and docs/trace.md: the programs on them do what they say."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ def program(name: str, *arguments: str, typed: str = "") -> str:
 def test_the_programs_are_those_shown() -> None:
     """Guards: a page that was not written again after its programs changed."""
     assert (DOCS / "debugging" / "norms.py").read_text(encoding="utf-8").strip() in PAGE
-    template = (DOCS / "debugging.template.md").read_text(encoding="utf-8")
-    for command in re.findall(r"^<!-- (?:RUN!?|PDB|FAIL) (.+) -->$", template, re.MULTILINE):
-        assert f"$ {command}\n" in PAGE
+    for name in ("debugging", "trace"):
+        page, template = ((DOCS / f"{name}{end}").read_text(encoding="utf-8") for end in (".md", ".template.md"))
+        for command in re.findall(r"^<!-- (?:RUN!?|PDB|FAIL) (.+) -->$", template, re.MULTILINE):
+            assert f"$ {command}\n" in page
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from types import TracebackType
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but missing in __all__
 
-from shardwise.errors import ShardwiseError
+from shardwise.errors import MeshError, ShardwiseError, describe
 
 UNMET = 3
 """Exit code of a rank that ran to its end and whose answer is no. Any other code but 0 means that the rank failed."""
@@ -40,6 +40,17 @@ class WorkerError(ShardwiseError, RuntimeError):
 def launched() -> bool:
     """Whether this process is one rank of several already: torchrun, or `run_as_ranks`, has set the variables."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def check_size(size: int) -> None:
+    """Raise `MeshError` where torchrun has started another number of processes than `size`, which a command was asked for."""
+    if (started := int(os.environ.get("WORLD_SIZE", "1"))) != size:
+        raise MeshError(
+            describe(
+                f"--tp {size} was asked for, and {started} processes have been started.",
+                either=["leave --tp out, or", f"torchrun --nproc-per-node {size}"],
+            )
+        )
 
 
 def run_as_ranks(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from enum import Enum
 from pathlib import Path
@@ -16,7 +15,8 @@ from transformers import PreTrainedConfig
 import shardwise
 from shardwise.api import PlanLike
 from shardwise.cli.app import app
-from shardwise.errors import ShardwiseError, SimulationError, describe
+from shardwise.cli.rules import read_rules
+from shardwise.errors import SimulationError
 from shardwise.estimate import Comparison, Estimate, compare, estimate, show
 from shardwise.plan import Plan
 from shardwise.plan import show as plan_show
@@ -87,7 +87,7 @@ def plan(
             "checkpointing": checkpointing,
             "device": device.value if device else None,
         }
-        given = _rules(rules)
+        given = read_rules(rules)
         if len(sizes) > 1:
             found: Comparison | Estimate | Plan = compare(config, sizes, given, ep_size=ep, **options)
         else:
@@ -127,18 +127,6 @@ def _find(
     except SimulationError as error:
         console.print(f"{error}\n\nThe table of rules needs no simulation:\n", markup=False)
         return shardwise.plan(config, tp, rules, ep_size=ep)
-
-
-def _rules(file: Path | None) -> PlanLike:
-    if file is None:
-        return "auto"
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ShardwiseError(describe(f"{file} is no JSON.", why=str(error))) from None
-    if not isinstance(found, dict):
-        raise ShardwiseError(f"{file}: an object of pattern: style was expected, and it is a {type(found).__name__}.")
-    return found
 
 
 def longest(config: PreTrainedConfig) -> int:

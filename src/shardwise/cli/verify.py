@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +12,7 @@ from rich.console import Console
 
 import shardwise
 from shardwise.cli.app import app
-from shardwise.errors import ShardwiseError, describe
+from shardwise.cli.rules import read_rules
 from shardwise.verify.settings import DTYPES
 from shardwise.verify.show import WIDTH, renderable
 
@@ -49,7 +48,7 @@ def verify(
     result = shardwise.verify(
         model,
         tp,
-        tp_plan=_rules(plan) if plan is not None else "auto",
+        tp_plan=read_rules(plan),
         ep_size=ep,
         dtype=dtype,
         compile=compile,
@@ -74,19 +73,3 @@ def verify(
     if dist.is_initialized():
         dist.barrier()  # torchrun ends the others as soon as one of them leaves with another code than 0
     raise typer.Exit(0 if result.passed else 1)
-
-
-def _rules(path: Path) -> dict[str, str]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        found = error
-    if isinstance(found, dict) and all(isinstance(style, str) for style in found.values()):
-        return found
-    raise ShardwiseError(
-        describe(
-            f"--plan {path}: it has to be a JSON object of patterns and styles.",
-            why=str(found) if isinstance(found, ValueError) else "",
-            either=['such as {"layers.*.self_attn.o_proj": "rowwise"}'],
-        )
-    )

@@ -14,7 +14,7 @@ from statistics import median
 import torch.distributed as dist
 from rich.table import Table
 
-from shardwise.report import as_text
+from shardwise.report import Page, Section, as_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +64,10 @@ class Collective:
         return f"{self.phase} {self.op} of {self.dtype} {self.shape}, {where}"
 
 
+_HEADINGS = ("phase", "collective", "module", "tensor", "shape", "KiB", "times", "us")
+_NUMBERS = ("KiB", "times", "us")
+
+
 class CollectiveTrace:
     """The collectives of one rank, in order; `trace_collectives` makes it. Prints as a table for each kind of layer."""
 
@@ -109,16 +113,26 @@ class CollectiveTrace:
         tables = []
         for title, rows in _kinds_of_layers(self.records):
             table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
-            for heading in ("phase", "collective", "module", "tensor", "shape"):
-                table.add_column(heading, overflow="fold")
-            for heading in ("KiB", "times", "us"):
-                table.add_column(heading, justify="right")
+            for heading in _HEADINGS:
+                table.add_column(heading, justify="right" if heading in _NUMBERS else "left", overflow="fold")
             for cells in rows:
                 table.add_row(*cells)
             tables.append(table)
+        return as_text(*tables, self.summary)
+
+    @property
+    def summary(self) -> str:
+        """All of it in a sentence."""
         total = sum(record.seconds for record in self.records)
-        last = f"{len(self)} collectives, {self.bytes / 2**10:,.1f} KiB put in by this rank, {total * 1e3:.2f} ms"
-        return as_text(*tables, last)
+        return f"{len(self)} collectives, {self.bytes / 2**10:,.1f} KiB put in by this rank, {total * 1e3:.2f} ms"
+
+    def sections(self) -> list[Section]:
+        """The tables, for a page."""
+        return [Section(title, headings=_HEADINGS, rows=rows) for title, rows in _kinds_of_layers(self.records)]
+
+    def to_html(self) -> str:
+        """The tables as a page that stands alone."""
+        return Page("Collectives", self.summary, sections=self.sections()).to_html()
 
 
 class TraceDifference:

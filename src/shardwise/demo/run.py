@@ -23,9 +23,9 @@ from shardwise.demo.measure import Watcher, measure
 from shardwise.demo.settings import Settings, model_config
 from shardwise.demo.show import Screen
 from shardwise.demo.text import Text, read_text
-from shardwise.errors import MeshError, describe
+from shardwise.errors import MeshError
 from shardwise.hf import build_on_meta
-from shardwise.launch import UNMET, launched, run_as_ranks
+from shardwise.launch import UNMET, check_size, launched, run_as_ranks
 from shardwise.mesh import tp_mesh
 
 # The bounds of the checks are those of float32 on CPUs; and a machine with one GPU could not hold two ranks on it.
@@ -39,14 +39,7 @@ def start(settings: Settings) -> int:
     Raises `ShardwiseError` for settings that cannot be, and `WorkerError` for a rank that failed.
     """
     if launched():
-        if int(os.environ["WORLD_SIZE"]) != settings.tp:
-            started = os.environ["WORLD_SIZE"]
-            raise MeshError(
-                describe(
-                    f"--tp {settings.tp} was asked for, and {started} processes have been started.",
-                    either=["leave --tp out, or", f"torchrun --nproc-per-node {settings.tp}"],
-                )
-            )
+        check_size(settings.tp)
         os.environ.update(_ON_CPU)
         return run(settings)
     read_text(settings.text)

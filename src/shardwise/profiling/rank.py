@@ -19,7 +19,7 @@ from shardwise.mesh import local_device
 from shardwise.profiling.capture import Capture, synchronize
 from shardwise.profiling.contenders import build
 from shardwise.profiling.settings import COMPILED, Cell, Settings
-from shardwise.profiling.steps import Step, make_step
+from shardwise.steps import Step, make_step
 
 Say = Callable[[str], None]
 
@@ -73,7 +73,7 @@ def _build(settings: Settings, mesh: DeviceMesh, say: Say) -> list[Running]:
             models[cell.contender] = build(cell.contender, settings, mesh)
         model = models[cell.contender]
         called = _compiled(model) if cell.how == COMPILED else model
-        running.append(Running(cell, make_step(settings, model, called)))
+        running.append(Running(cell, make_step(settings.mode, model, called, settings.batch, settings.sequence)))
     return running
 
 

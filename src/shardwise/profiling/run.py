@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 
 import shardwise
 from shardwise.errors import MeshError, ShardwiseError, describe
-from shardwise.launch import launched, run_as_ranks
+from shardwise.launch import check_size, launched, run_as_ranks
 from shardwise.mesh import tp_mesh
 from shardwise.profiling.contenders import check_peers
 from shardwise.profiling.rank import Say
@@ -122,15 +122,10 @@ def _in_torchrun(settings: Settings, subject: Subject, work: Path) -> Comparison
 
 def one_rank(settings: Settings, say: Say = lambda words: None) -> None:
     """One rank's part; its process group is started here. Collective."""
+    check_size(settings.tp)
     mesh = tp_mesh()
-    if mesh is None or mesh.size() != settings.tp:
-        started = os.environ.get("WORLD_SIZE", "1")
-        raise MeshError(
-            describe(
-                f"--tp {settings.tp} was asked for, and {started} processes have been started.",
-                either=["leave --tp out, or", f"torchrun --nproc-per-node {settings.tp}"],
-            )
-        )
+    if mesh is None:
+        raise MeshError("A profile is of several ranks: --tp 2 or more.")
     dist.barrier()  # the checkpoint is there
     run_rank(settings, mesh, say)
     dist.barrier()  # the traces are there

@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from shardwise.errors import ShardwiseError, describe
+from shardwise.steps import MODES
 
 OURS, DTENSOR, TRANSFORMERS = "shardwise", "dtensor", "transformers"
 PEERS = (DTENSOR, TRANSFORMERS)
 EAGER, COMPILED = "eager", "compiled"
-MODES = ("training", "forward", "decode")
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import typer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
 
 import shardwise
-from shardwise.errors import MeshError, ShardwiseError, describe
-from shardwise.launch import launched, run_as_ranks
+from shardwise.errors import ShardwiseError, describe
+from shardwise.launch import check_size, launched, run_as_ranks
 from shardwise.prompt.request import Request
 from shardwise.subject import Subject, find
 
@@ -35,13 +35,7 @@ def start(request: Request) -> None:
         command = [sys.executable, "-m", "shardwise.prompt", request.to_json()]
         run_as_ranks(command, request.tp, timeout=_SECONDS)
         return
-    if (started := int(os.environ["WORLD_SIZE"])) != request.tp:
-        raise MeshError(
-            describe(
-                f"--tp {request.tp} was asked for, and {started} processes have been started.",
-                either=["leave --tp out, or", f"torchrun --nproc-per-node {request.tp}"],
-            )
-        )
+    check_size(request.tp)
     run(request)
 
 

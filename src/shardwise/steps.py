@@ -1,4 +1,4 @@
-"""What is run and timed: a step of training, a forward, or a decoded token, the same for every contender."""
+"""What the tools run: a step of training, a forward, or a decoded token, on random tokens."""
 
 from __future__ import annotations
 
@@ -9,25 +9,31 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig
 
-from shardwise.profiling.settings import Settings
-
 Step = Callable[[], None]
 
+MODES = ("training", "forward", "decode")
+"""Forward and backward; forward alone, without gradient; one token behind a cache."""
 
-def make_step(settings: Settings, model: Any, called: nn.Module) -> Step:
-    """The step of `model`, through `called`, which is the model itself or what `torch.compile` made of it."""
+
+def make_step(mode: str, model: Any, called: nn.Module, batch: int, sequence: int) -> Step:
+    """A step of `model`, through `called`, which is the model itself or what `torch.compile` made of it.
+
+    Args:
+        mode: of `MODES`.
+        batch, sequence: of the tokens, the same on every rank; in a decode, of those in the cache.
+    """
     device = next(model.parameters()).device
-    tokens = random_tokens(settings, model.config).to(device)
-    if settings.mode == "training":
+    tokens = random_tokens(model.config, batch, sequence).to(device)
+    if mode == "training":
         return _training(model, called, tokens)
     model.eval()
-    return _forward(called, tokens) if settings.mode == "forward" else _decode(model, called, tokens)
+    return _forward(called, tokens) if mode == "forward" else _decode(model, called, tokens)
 
 
-def random_tokens(settings: Settings, config: PreTrainedConfig) -> Tensor:
+def random_tokens(config: PreTrainedConfig, batch: int, sequence: int) -> Tensor:
     """The same on every rank: (batch, sequence) int64."""
     draw = torch.Generator().manual_seed(0)
-    return torch.randint(config.get_text_config().vocab_size, (settings.batch, settings.sequence), generator=draw)
+    return torch.randint(config.get_text_config().vocab_size, (batch, sequence), generator=draw)
 
 
 def _training(model: nn.Module, called: nn.Module, tokens: Tensor) -> Step:
