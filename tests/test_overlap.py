@@ -132,12 +132,12 @@ def test_an_input_without_gradient(threads):
 
 
 class Adapted(nn.Module):
-    """A frozen linear layer with a low-rank addition, as PEFT wraps it."""
+    """A frozen linear layer with a low-rank addition for this rank's outputs."""
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
         self.base_layer = base.requires_grad_(False)
-        self.down, self.up = nn.Linear(12, 2, bias=False).double(), nn.Linear(2, base.out_features, bias=False).double()
+        self.down, self.up = nn.Linear(12, 2, bias=False).double(), nn.Linear(2, len(base.weight), bias=False).double()
         for weight in (self.down.weight, self.up.weight):  # ranks that are threads draw from one random stream
             nn.init.constant_(weight, 0.1)
 
