@@ -12,7 +12,7 @@ import torch
 from shardwise.layers import Axis, Cut, ParallelStyle
 from shardwise.layout import Layout, Shape
 
-Source = Literal["model", "user", "shardwise"]
+Source = Literal["model", "user", "shardwise", "inferred"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class Rule:
     Args:
         pattern: a dotted path, each `*` standing for exactly one segment ("layers.*.mlp.fc1": the 1 is part of a name).
         style: the style's name.
-        source: who wrote it: the model's own plan, the user, or a correction of ours.
+        source: who wrote it: the model's own plan, the user, a correction of ours, or nobody: it was inferred.
         cut: how to cut, where the style can't tell from the module (fused blocks).
         attributes: integers of the module (or, as "config.name", of its config) that become local, one value a rank.
         parent_attributes: the same of the module's parent, whose code reads this module's output by them.
@@ -46,7 +46,12 @@ class Rule:
         return f"{self.pattern}: {self.style}   ({_WHOSE[self.source]})"
 
 
-_WHOSE: dict[Source, str] = {"model": "from the model's own plan", "user": "yours", "shardwise": "a correction of shardwise"}
+_WHOSE: dict[Source, str] = {
+    "model": "from the model's own plan",
+    "user": "yours",
+    "shardwise": "a correction of shardwise",
+    "inferred": "inferred from what the model computes",
+}
 
 
 @dataclass(frozen=True, slots=True)

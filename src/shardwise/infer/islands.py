@@ -1,0 +1,180 @@
+"""What can be computed apart: the heads of an attention, the KV groups, the channels of an MLP, found from who reads whom."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from shardwise.infer.probe import Reads
+from shardwise.infer.products import Product
+
+Owners = tuple[int, ...]
+"""Along one dim, which component each index belongs to; `EVERY` of those that all components need."""
+
+EVERY = -1
+
+
+@dataclass(frozen=True)
+class Island:
+    """Products whose inputs or outputs fall into components that need nothing of each other.
+
+    Args:
+        count: how many components there are, alike in shape.
+        consumers: the products that read the components, whose inputs are dealt.
+        producers: the products whose outputs the components are computed from.
+        sliced: parameters that are in no product of which each component has a part: the dim and the owners along it.
+        shared: those that every component reads whole.
+    """
+
+    count: int
+    consumers: Mapping[Product, Owners]
+    producers: Mapping[Product, Owners]
+    sliced: Mapping[str, tuple[int, Owners]] = field(default_factory=dict)
+    shared: tuple[str, ...] = ()
+
+    @property
+    def products(self) -> tuple[Product, ...]:
+        """All of them."""
+        return (*self.producers, *self.consumers)
+
+
+def find_islands(reads: Sequence[Reads]) -> Iterator[Island]:
+    """The islands of a model, given what each of its products reads; those that share a product are not separated here."""
+    for group in _together(reads):
+        island = _island(group)
+        if island is not None:
+            yield island
+
+
+def _together(reads: Sequence[Reads]) -> list[list[Reads]]:
+    """Readers that depend on outputs of the same product must be dealt alike."""
+    groups: list[list[Reads]] = []
+    for one in reads:
+        touching = [group for group in groups if any(one.outputs.keys() & other.outputs.keys() for other in group)]
+        merged = [*(read for group in touching for read in group), one]
+        groups = [group for group in groups if group not in touching] + [merged]
+    return groups
+
+
+def _island(group: list[Reads]) -> Island | None:
+    products = list(dict.fromkeys(product for reads in group for product in reads.outputs))
+    widths = {product: next(r.outputs[product].shape[1] for r in group if product in r.outputs) for product in products}
+    matrix = torch.cat([torch.cat([_outputs(reads, p, widths[p]) for p in products], 1) for reads in group])
+    kinds = torch.cat([torch.full((widths[product],), number) for number, product in enumerate(products)])
+    parts = _components(matrix, kinds)
+    if parts is None:
+        return None
+    rows, columns = parts
+    count = int(rows.max()) + 1
+    producers = {p: owners for p, owners in zip(products, columns.split([widths[p] for p in products]), strict=True)}
+    consumers = {
+        reads.product: owners
+        for reads, owners in zip(group, rows.split([next(iter(r.outputs.values())).shape[0] for r in group]), strict=True)
+    }
+    if not _alike(count, [*consumers.values(), *producers.values()]):
+        return None
+    others = _others(group, rows, count)
+    if others is None:
+        return None
+    as_tuple = {product: tuple(owners.tolist()) for product, owners in {**producers, **consumers}.items()}
+    return Island(
+        count,
+        {product: as_tuple[product] for product in consumers},
+        {product: as_tuple[product] for product in producers},
+        *others,
+    )
+
+
+def _outputs(reads: Reads, product: Product, width: int) -> Tensor:
+    length = next(iter(reads.outputs.values())).shape[0]
+    return reads.outputs.get(product, torch.zeros(length, width, dtype=torch.bool))
+
+
+def _components(matrix: Tensor, kinds: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The component of each row and column of `matrix` (rows, columns) bool, in the order of their first rows; `EVERY` for
+    columns that are needed by all, or by none. None where there is one component alone.
+
+    What all components need holds them together: columns that touch every row are taken out first, then, where that does
+    not do, kinds of columns (of one product, touching as many rows), as few as possible.
+    """
+    support = matrix.sum(0)
+    loose = (support > 0) & (support < matrix.shape[0])
+    kinds = kinds * (matrix.shape[0] + 1) + support
+    classes = [(kinds == kind) & loose for kind in kinds[loose].unique()]
+    classes.sort(key=lambda members: int(members.sum()))
+    for number in range(min(3, len(classes))):
+        for taken in combinations(classes, number):
+            kept = loose & ~torch.stack(taken).any(0) if taken else loose
+            parts = _connected(matrix & kept)
+            if parts is not None and all(_touch_all(matrix[:, members], parts) for members in taken):
+                return parts, _column_owners(matrix & kept, parts)
+    return None
+
+
+def _connected(matrix: Tensor) -> Tensor | None:
+    """The component of each row; None where there is one alone, or rows that nothing is computed for."""
+    rows, columns = matrix.shape
+    if not bool(matrix.any(1).all()):
+        return None
+    labels = torch.arange(rows)
+    while True:
+        of_columns = torch.where(matrix, labels[:, None], rows).amin(0)
+        new = torch.where(matrix, of_columns[None, :], rows).amin(1)
+        if torch.equal(new, labels):
+            break
+        labels = new
+    found, owners = labels.unique(return_inverse=True)
+    return owners if len(found) > 1 else None
+
+
+def _touch_all(columns: Tensor, owners: Tensor) -> bool:
+    """Whether each column touches rows of every component."""
+    count = int(owners.max()) + 1
+    touched = torch.zeros(count, columns.shape[1], dtype=torch.long).index_add(0, owners, columns.long())
+    return bool((touched > 0).all())
+
+
+def _column_owners(matrix: Tensor, owners: Tensor) -> Tensor:
+    first = matrix.int().argmax(0)
+    return torch.where(matrix.any(0), owners[first], EVERY)
+
+
+def _alike(count: int, sides: Sequence[Tensor]) -> bool:
+    """Whether every component has as many indices on each side."""
+    tallies = [torch.bincount(owners[owners != EVERY], minlength=count) for owners in sides]
+    return all(bool((tally == tally[0]).all()) for tally in tallies)
+
+
+def _others(group: list[Reads], rows: Tensor, count: int) -> tuple[dict[str, tuple[int, Owners]], tuple[str, ...]] | None:
+    """The parameters that are in no product: which are sliced, and which are read whole by all. None where neither fits."""
+    sliced: dict[str, tuple[int, Owners]] = {}
+    shared: list[str] = []
+    start = 0
+    touched: dict[str, Tensor] = {}
+    for reads in group:
+        length = next(iter(reads.outputs.values())).shape[0]
+        owners = rows[start : start + length]
+        start += length
+        for name, mask in reads.parameters.items():
+            by_part = torch.stack([mask[owners == part].any(0) for part in range(count)])
+            touched[name] = touched[name] | by_part if name in touched else by_part
+    for name, mask in touched.items():
+        cut = _cut_of(mask)
+        if cut is not None:
+            sliced[name] = cut
+        else:
+            shared.append(name)
+    return sliced, tuple(shared)
+
+
+def _cut_of(mask: Tensor) -> tuple[int, Owners] | None:
+    """The dim of a parameter, and the owners along it, whose indices each belong to one component; (components, *shape)."""
+    for dim in range(mask.dim() - 1):
+        along = mask.movedim(dim + 1, 1).flatten(2).any(2) if mask.dim() > 2 else mask
+        if bool((along.sum(0) == 1).all()):
+            return dim, tuple(along.int().argmax(0).tolist())
+    return None

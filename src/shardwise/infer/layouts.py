@@ -1,0 +1,66 @@
+"""Index lists as blocks that people can read: `32 x 128`, `25 x (64 + 64 + 64)`, `16 x 128 | 256 on every rank`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+
+from shardwise.infer.islands import EVERY, Owners
+from shardwise.layers import Cut
+from shardwise.layout import Block
+
+Run = tuple[int, int]
+"""A component, and how many neighbouring indices it owns."""
+
+
+def cuts(sides: Sequence[Owners]) -> list[Cut] | None:
+    """How to cut each of several dims, so that a component lies on the same rank in all of them, whatever their number.
+
+    Each dim is a row of blocks in which the components follow each other, each with as many indices. Blocks of some of the
+    components (four groups of four heads) are blocks everywhere. None where the indices don't lie so.
+    """
+    runs = [_runs(owners) for owners in sides]
+    starts = {run[0] for side in runs for run in _firsts(side)}
+    blocks = [_blocks(side, starts) for side in runs]
+    found = [side for side in blocks if side is not None]
+    if len(found) < len(blocks):
+        return None
+    dealt = {tuple((first, block.units) for first, block in side if first != EVERY) for side in found}
+    if any(not set(one) <= set(max(dealt, key=len)) for one in dealt):
+        return None
+    return [_cut([block for _, block in side]) for side in found]
+
+
+def _runs(owners: Owners) -> list[Run]:
+    return [(component, len(list(same))) for component, same in groupby(owners)]
+
+
+def _firsts(runs: list[Run]) -> Iterable[Run]:
+    """Where the components don't go on from the ones before."""
+    before: Run | None = None
+    for run in runs:
+        if run[0] != EVERY and (before is None or run[0] != before[0] + 1 or run[1] != before[1]):
+            yield run
+        before = run
+
+
+def _blocks(runs: list[Run], starts: set[int]) -> list[tuple[int, Block]] | None:
+    """The blocks of one dim, each with its first component."""
+    found: list[tuple[int, Block]] = []
+    for component, length in runs:
+        last = found[-1] if found else None
+        if component == EVERY:
+            found.append((EVERY, Block(length, spread="whole")))
+        elif component in starts or last is None or last[0] == EVERY:
+            found.append((component, Block(length, length)))
+        elif last[0] + last[1].units == component and last[1].unit == length:
+            found[-1] = (last[0], Block(last[1].length + length, length))
+        else:
+            return None
+    return found
+
+
+def _cut(blocks: list[Block]) -> Cut:
+    if len(blocks) == 1 and blocks[0].spread == "split":
+        return Cut(unit=blocks[0].unit)
+    return Cut(blocks=tuple(blocks))

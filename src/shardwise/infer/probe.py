@@ -1,0 +1,154 @@
+"""Which outputs of products, and which other parameters, each input of a product depends on."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from shardwise.infer.products import Call, Product
+
+_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What the inputs of one product depend on.
+
+    Args:
+        product: the one that reads.
+        outputs: by product, (inputs, outputs) bool: whether an input depends on an output.
+        parameters: by name, (inputs, *shape) bool: whether an input depends on an element of a parameter that is in no
+            product.
+    """
+
+    product: Product
+    outputs: Mapping[Product, Tensor]
+    parameters: Mapping[str, Tensor]
+
+
+class Probe:
+    """Asks autograd about the calls of one traced forward pass.
+
+    Args:
+        calls: the products, as they were called.
+        parameters: all of the model, by name.
+    """
+
+    def __init__(self, calls: Sequence[Call], parameters: Mapping[str, nn.Parameter]) -> None:
+        self._calls = [call for call in calls]
+        self._parameters = parameters
+        self._shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        used = {call.product.weight for call in calls}
+        self._others = {name: parameter for name, parameter in parameters.items() if name not in used}
+        self._generator = torch.Generator().manual_seed(0)
+
+    @property
+    def consumers(self) -> list[Product]:
+        """The products whose inputs depend on anything, in the order of their first call."""
+        return list(dict.fromkeys(call.product for call in self._calls if _reads(call)))
+
+    def reached(self, values: Sequence[Tensor]) -> set[Product]:
+        """The products on whose outputs `values` depend."""
+        values = [value for value in values if value.requires_grad]
+        if not values:
+            return set()
+        leaves = [call.y for call in self._calls]
+        cotangents = [torch.randn(value.shape, generator=self._generator).to(value) for value in values]
+        found = torch.autograd.grad(values, leaves, cotangents, retain_graph=True, allow_unused=True)
+        return {call.product for call, gradient in zip(self._calls, found, strict=True) if gradient is not None}
+
+    def inputs_of(self, product: Product) -> list[Tensor]:
+        """What `product` was given, call by call."""
+        return [call.x for call in self._calls if call.product == product and _reads(call)]
+
+    def reads(self, product: Product) -> Reads | None:
+        """What each input of `product` depends on; None where its first input depends on whatever any of them does, so that
+        no output belongs to other inputs alone.
+        """
+        assert product.inputs is not None
+        asked = [call for call in self._calls if call.product == product and _reads(call)]
+        width = self._shapes[product.weight][product.inputs]
+        everything = self._batch(asked, [list(range(width))])
+        sources = _Sources(
+            [call for call, gradient in zip(self._calls, everything[: len(self._calls)], strict=True) if gradient is not None],
+            [name for name, g in zip(self._others, everything[len(self._calls) :], strict=True) if g is not None],
+        )
+        first = self._read(asked, sources, [[0]])
+        whole = self._read(asked, sources, [list(range(width))])
+        if all(bool((first.outputs[p] == whole.outputs[p]).all()) for p in whole.outputs):
+            return None
+        parts = [
+            self._read(asked, sources, [[channel] for channel in range(start, min(start + _AT_ONCE, width))])
+            for start in range(0, width, _AT_ONCE)
+        ]
+        outputs = {p: torch.cat([part.outputs[p] for part in parts]) for p in whole.outputs}
+        others = {name: torch.cat([part.parameters[name] for part in parts]) for name in whole.parameters}
+        return Reads(product, outputs, others)
+
+    def _read(self, asked: list[Call], sources: _Sources, channels: list[list[int]]) -> Reads:
+        inputs = [*(call.y for call in sources.calls), *(self._others[name] for name in sources.parameters)]
+        found = self._gradients(asked, inputs, channels)
+        outputs: dict[Product, Tensor] = {}
+        for call, gradient in zip(sources.calls, found, strict=False):
+            length = self._shapes[call.product.weight][call.product.outputs]
+            here = outputs.setdefault(call.product, torch.zeros(len(channels), length, dtype=torch.bool))
+            touched = gradient.ne(0).reshape(len(channels), -1, gradient.shape[-1]).any(1)
+            here[:, call.first_output : call.first_output + touched.shape[-1]] |= touched
+        parameters = {
+            name: gradient.ne(0) for name, gradient in zip(sources.parameters, found[len(sources.calls) :], strict=True)
+        }
+        return Reads(asked[0].product, outputs, parameters)
+
+    def _batch(self, asked: list[Call], channels: list[list[int]]) -> list[Tensor | None]:
+        inputs = [*(call.y for call in self._calls), *self._others.values()]
+        xs = [call.x for call in asked]
+        cotangents = [self._cotangent(call, channels)[0] for call in asked]
+        return list(torch.autograd.grad(xs, inputs, cotangents, retain_graph=True, allow_unused=True))
+
+    def _gradients(self, asked: list[Call], inputs: list[Tensor], channels: list[list[int]]) -> list[Tensor]:
+        """The gradients of random sums of channels, (sums, *shape) for each of `inputs`."""
+        xs = [call.x for call in asked]
+        cotangents = [self._cotangent(call, channels) for call in asked]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # operators that are batched one by one
+            try:
+                found = torch.autograd.grad(
+                    xs, inputs, cotangents, retain_graph=True, allow_unused=True, is_grads_batched=True, materialize_grads=True
+                )
+            except RuntimeError:  # an operator that can't be batched
+                rows = [
+                    torch.autograd.grad(
+                        xs,
+                        inputs,
+                        [cotangent[row] for cotangent in cotangents],
+                        retain_graph=True,
+                        allow_unused=True,
+                        materialize_grads=True,
+                    )
+                    for row in range(len(channels))
+                ]
+                found = tuple(torch.stack(column) for column in zip(*rows, strict=True))
+        return list(found)
+
+    def _cotangent(self, call: Call, channels: list[list[int]]) -> Tensor:
+        made = torch.zeros(len(channels), *call.x.shape, dtype=call.x.dtype)
+        for row, group in enumerate(channels):
+            here = [channel - call.first_input for channel in group if 0 <= channel - call.first_input < call.x.shape[-1]]
+            if here:
+                values = torch.randn(*call.x.shape[:-1], len(here), generator=self._generator)
+                made[row, ..., here] = values.to(call.x.dtype)
+        return made.to(call.x.device)
+
+
+@dataclass(frozen=True)
+class _Sources:
+    calls: list[Call]
+    parameters: list[str]
+
+
+def _reads(call: Call) -> bool:
+    return call.product.inputs is not None and call.x.requires_grad

@@ -1,0 +1,174 @@
+"""Islands as rules that an ordinary plan is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from os.path import commonprefix
+
+from torch import nn
+
+from shardwise.infer.islands import EVERY, Island
+from shardwise.infer.layouts import cuts
+from shardwise.infer.products import Product
+from shardwise.layers import Cut, stores_transposed
+from shardwise.layout import Block
+from shardwise.plan import wildcard
+from shardwise.spec import Rule
+
+COMPUTED = "what the model computes falls apart into {} parts"
+SUMMED = "read whole by each of {} parts"
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """The rules for one island.
+
+    Args:
+        place: the module around all of its products, whose code may read numbers that become local.
+        count: into how many parts it falls.
+        rules: for its products and parameters.
+        products: what it consists of.
+        matrices: the modules or parameters that hold the products' weights.
+        numel: elements that are cut.
+    """
+
+    place: str
+    count: int
+    rules: tuple[Rule, ...]
+    products: tuple[Product, ...]
+    matrices: tuple[str, ...]
+    numel: int
+
+    @property
+    def family(self) -> str:
+        """Layers are alike: one family for all of them."""
+        return wildcard(self.place)
+
+
+class NotPossible(Exception):
+    """Why an island can't be written as rules, in words."""
+
+
+def propose(model: nn.Module, island: Island, size: int, elsewhere: Iterable[Product]) -> Proposal:
+    """The rules that deal `island` to `size` ranks.
+
+    Args:
+        model: what it was found in.
+        elsewhere: the products whose outputs are read by others, too.
+
+    Raises `NotPossible`.
+    """
+    if island.count < size:
+        raise NotPossible(f"it falls into {island.count} parts alone")
+    read_elsewhere = set(elsewhere) & set(island.producers)
+    if both := island.consumers.keys() & island.producers.keys():
+        raise NotPossible(f"{next(iter(both)).weight} is read and reads in it")
+    sides = [*island.producers.values(), *island.consumers.values(), *(owners for _, owners in island.sliced.values())]
+    found = cuts(sides)
+    if found is None:
+        raise NotPossible("the indices of its parts lie in no order that blocks can tell")
+    cut_of = dict(zip((*island.producers, *island.consumers, *island.sliced), found, strict=True))
+    targets = {product: _target(model, product) for product in island.products}
+    reason = COMPUTED.format(island.count)
+    rules: list[Rule] = []
+    for product in island.products:
+        name, bare = targets[product]
+        consumer = product in island.consumers
+        whole = not consumer and set(island.producers[product]) == {EVERY}
+        if product in read_elsewhere:
+            rules.append(_latent(model, name, whole, product))
+            continue
+        if product.inputs is None:
+            raise NotPossible(f"{product.weight} is an embedding")
+        dim = product.inputs if consumer else product.outputs
+        if bare:
+            style = _style_along(model, product.weight, dim)
+        else:
+            style = "rowwise" if consumer else "colwise"
+        cut = cut_of[product]
+        assert isinstance(cut, Cut)
+        rules.append(Rule(name, _packed(style, cut), "inferred", cut, reason=SUMMED.format(island.count) if whole else reason))
+    rules += _bare_rules(targets.values(), island)
+    for name, (dim, _) in island.sliced.items():
+        rules.append(Rule(name, _style_along(model, name, dim), "inferred", cut_of[name], reason=reason))
+    rules += [_summed(model, name, island) for name in island.shared]
+    numel = sum(_numel(model, product) for product in island.products if not _whole(island, product))
+    names = tuple(dict.fromkeys(name for name, _ in targets.values()))
+    place = _around([product.weight for product in island.products])
+    return Proposal(place, island.count, tuple(rules), island.products, names, numel)
+
+
+def _whole(island: Island, product: Product) -> bool:
+    return product in island.producers and set(island.producers[product]) == {EVERY}
+
+
+def _numel(model: nn.Module, product: Product) -> int:
+    return model.get_parameter(product.weight).numel()
+
+
+def _target(model: nn.Module, product: Product) -> tuple[str, bool]:
+    """The linear layer that `product` is, or its bare parameter (True)."""
+    owner, _, child = product.weight.rpartition(".")
+    module = model.get_submodule(owner)
+    linear = child == "weight" and (isinstance(module, nn.Linear) or stores_transposed(module))
+    if linear and product.inputs is not None:
+        expected = (0, 1) if stores_transposed(module) else (1, 0)
+        if (product.inputs, product.outputs) != expected:
+            raise NotPossible(f"{product.weight} is used transposed")
+    return (owner, False) if linear else (product.weight, True)
+
+
+def _style_along(model: nn.Module, name: str, dim: int) -> str:
+    """The style that cuts dim `dim` of a parameter that a rule names itself."""
+    dims = model.get_parameter(name).dim()
+    if dims == 1 or dim == dims - 2:
+        return "colwise"
+    if dim == dims - 1:
+        return "rowwise"
+    raise NotPossible(f"{name} would be cut along dim {dim} of {dims}")
+
+
+def _packed(style: str, cut: Cut) -> str:
+    return f"packed_{style}" if cut.blocks else style
+
+
+def _latent(model: nn.Module, name: str, whole: bool, product: Product) -> Rule:
+    """A projection to a latent, which is expanded elsewhere, and to what all heads read (multi-head latent attention)."""
+    parent = model.get_submodule(name.rpartition(".")[0])
+    config = getattr(parent, "config", None)
+    if whole and (hasattr(parent, "qk_rope_head_dim") or hasattr(config, "qk_rope_head_dim")):
+        return Rule(name, "mla_kv_a_proj", "inferred", reason="a latent, and what all heads read")
+    raise NotPossible(f"{product.weight} is read elsewhere, too")
+
+
+def _bare_rules(targets: Iterable[tuple[str, bool]], island: Island) -> list[Rule]:
+    found = list(targets)
+    bare = [name for name, is_bare in found if is_bare]
+    if not bare:
+        return []
+    owners = {name.rpartition(".")[0] for name in bare}
+    if len(owners) > 1 or len(bare) < len(found) or "" in owners:
+        raise NotPossible(f"{bare[0]} belongs to no linear layer, nor do all products of one module")
+    return [Rule(owners.pop(), "moe_tp_experts", "inferred", reason=COMPUTED.format(island.count))]
+
+
+def _summed(model: nn.Module, name: str, island: Island) -> Rule:
+    """For a parameter that each part reads whole: its gradient is summed."""
+    owner = name.rpartition(".")[0]
+    module = model.get_submodule(owner)
+    alone = not module._modules and sum(1 for p in module._parameters.values() if p is not None) == 1
+    reason = SUMMED.format(island.count)
+    return Rule(owner if alone else name, "replicated_with_grad_allreduce", "inferred", reason=reason)
+
+
+def _around(weights: Sequence[str]) -> str:
+    """The module around the modules of several parameters."""
+    owners = [name.split(".")[:-1] for name in weights]
+    common = list(commonprefix(owners))  # type: ignore[type-var]  # of lists, segment by segment
+    return ".".join(common[:-1] if len(owners) > 1 and common in owners and len(set(map(tuple, owners))) > 1 else common)
+
+
+def local_counts(count: int, size: int) -> tuple[int, ...]:
+    """How many of `count` parts each of `size` ranks computes."""
+    return tuple(Block(count).local_length(rank, size) for rank in range(size))
