@@ -23,6 +23,7 @@ from shardwise.errors import (
     SimulationError,
 )
 from shardwise.estimate import Estimate, estimate
+from shardwise.infer import infer_plan, prove
 from shardwise.layers import ParallelStyle
 from shardwise.layers.registry import register_style
 from shardwise.plan import Plan
@@ -60,10 +61,12 @@ __all__ = [
     "estimate",
     "full_gradients",
     "full_state_dict",
+    "infer_plan",
     "parallelize",
     "plan",
     "profile",
     "profiler",
+    "prove",
     "register_style",
     "trace_collectives",
     "unparallelize",

@@ -20,6 +20,7 @@ from shardwise.hf import (
     hidden_states_are_recorded,
     model_rules,
 )
+from shardwise.infer import infer_plan
 from shardwise.layers import ColwiseParallel, Stream
 from shardwise.layers.registry import style_named
 from shardwise.mesh import expert_axis, local_device, tp_mesh
@@ -56,7 +57,9 @@ def make_plan(
         model_or_config: a model (its tensors may be on meta), or a transformers config, of which the model is built on meta:
             the causal LM, or the model around one that reads images or sounds.
         tp_size: ranks on the tp axis.
-        plan: `"auto"` for the model's own plan with our corrections; a dict of pattern: style, merged over it; or a `Plan`.
+        plan: `"auto"` for the model's own plan with our corrections; `"infer"` for one that is found from what the model
+            computes, and proven (see `shardwise.infer_plan`); a dict of pattern: style, merged over the model's own; or a
+            `Plan`.
         ep_size: ranks over which experts are dealt: `tp_size`, or a multiple of it; None to split every expert instead.
 
     Raises `PlanError` where it can't be done, naming the module, the numbers and the rule.
@@ -67,6 +70,10 @@ def make_plan(
     model = build_on_meta(model_or_config) if isinstance(model_or_config, PreTrainedConfig) else model_or_config
     if isinstance(plan, Plan):
         return _given(plan, tp_size, ep_size)
+    if isinstance(plan, str) and plan == "infer":
+        if ep_size is not None:
+            raise PlanError('tp_plan="infer" splits every expert: leave ep_size out.')
+        return infer_plan(model, tp_size)
     rules = _user_rules(model, plan)
     _check_experts(model, tp_size, ep_size, rules)
     rules = [*model_rules(model, tp_size, expert_parallel=ep_size is not None), *rules]
@@ -238,7 +245,7 @@ def _user_rules(model: nn.Module, plan: str | Mapping[str, str]) -> list[Rule]:
         raise PlanError(
             describe(
                 f"tp_plan={plan!r} is not a plan.",
-                either=['"auto", or', 'a dict such as {"layers.*.self_attn.q_proj": "colwise"}'],
+                either=['"auto" or "infer", or', 'a dict such as {"layers.*.self_attn.q_proj": "colwise"}'],
             )
         )
     names = {name for name, _ in (*model.named_modules(), *model.named_parameters())}

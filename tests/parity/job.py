@@ -71,10 +71,10 @@ def measure_plain(path: Path, subject: Subject) -> Measured:
         return _measure(_kind(path, subject).from_pretrained(path, dtype=torch.float32), subject)
 
 
-def measure_sharded(path: Path, saved: Path, subject: Subject) -> Measured:
+def measure_sharded(path: Path, saved: Path, subject: Subject, plan: str = "auto") -> Measured:
     """On every rank, of its shards, which are saved to `saved`."""
     with quiet():
-        model = from_pretrained(_kind(path, subject), path, dtype=torch.float32, tp_plan="auto")
+        model = from_pretrained(_kind(path, subject), path, dtype=torch.float32, tp_plan=plan)
         model.save_pretrained(saved)
         return _measure(model, subject)
 

@@ -22,6 +22,7 @@ class Suite:
     Args:
         build: makes the tiny model of a type.
         subject: says how a type is loaded and called.
+        plan: which plan it is loaded with.
     """
 
     def __init__(
@@ -29,8 +30,9 @@ class Suite:
         directory: Path,
         build: Callable[[str], PreTrainedModel] = types.build,
         subject: Callable[[str], Subject] = lambda name: Subject(),
+        plan: str = "auto",
     ) -> None:
-        self.directory = directory
+        self.directory, self.plan = directory, plan
         self.build, self.subject = build, subject
         self.plain = cache(self._plain)
 
@@ -41,7 +43,7 @@ class Suite:
         """
         plain, saved = self.plain(name), self.directory / f"{name} on {pool.size}"
         try:
-            ranks = pool.run(measure_sharded, self.directory / name, saved, self.subject(name), timeout=TIMEOUT)
+            ranks = pool.run(measure_sharded, self.directory / name, saved, self.subject(name), self.plan, timeout=TIMEOUT)
         except RankError as error:
             if isinstance(error.__cause__, PlanError):
                 return error.__cause__

@@ -10,6 +10,7 @@
 | `adapters` | loading and saving of PEFT's adapters |
 | `simulating` | what a model must be told when it runs on tensors without values |
 | `saving` | which tensors a checkpoint has, under which names |
+| `specimen` | a model to try plans out on, and what to call it with |
 """
 
 from shardwise.hf.adapters import AdaptersSeen, load_adapter, save_adapter
@@ -19,6 +20,7 @@ from shardwise.hf.recording import hidden_states_are_recorded
 from shardwise.hf.rules import base_prefixes, build, build_on_meta, check_head, class_of, has_expert_plan, model_rules
 from shardwise.hf.saving import checkpoint_tensors, description_files
 from shardwise.hf.simulating import checkpoint_activations, unpacked_sequences
+from shardwise.hf.specimen import sample_feeds, specimen
 
 __all__ = [
     "AdaptersSeen",
@@ -40,4 +42,6 @@ __all__ = [
     "resolve_model_class",
     "save_adapter",
     "unpacked_sequences",
+    "sample_feeds",
+    "specimen",
 ]

@@ -14,7 +14,7 @@ from shardwise.infer.islands import EVERY, Island, find_islands
 from shardwise.infer.probe import Probe
 from shardwise.infer.products import Product, Trace
 from shardwise.infer.proposals import NotPossible, Proposal, propose
-from shardwise.infer.prove import Feed, Proof, Reference, check, tensors
+from shardwise.infer.prove import Feed, Proof, Reference, check, floats, subject
 from shardwise.infer.search import NONE, Patch, patched, patches
 from shardwise.plan import Plan, wildcard
 from shardwise.resolve import resolve
@@ -36,9 +36,27 @@ class Inference:
     left: Mapping[str, str]
 
 
-def infer(model: nn.Module, tp_size: int, feeds: Sequence[Feed]) -> Inference:
-    """The plan for `model` on `tp_size` ranks, and what became of each part; see `shardwise.infer_plan`."""
-    reference = Reference.of(model, feeds)
+def infer_plan(model: nn.Module, tp_size: int, example_inputs: Feed | Sequence[Feed] | None = None) -> Plan:
+    """A plan for any model, found from what it computes, and proven on simulated ranks: outputs, and the gradients of all
+    parameters. See `shardwise.infer.prove` for the proof.
+
+    Args:
+        model: an ordinary model, not changed. Of a transformers model, which may be on meta, another one is made of its
+            config, with random weights.
+        tp_size: ranks on the tp axis.
+        example_inputs: keyword arguments of the model's forward (or a function that calls the model and returns its outputs);
+            or several of them. Branches that they don't reach are not looked at. A transformers model that reads texts needs
+            none.
+
+    What can't be split, or fails the proof, stays whole: its rows say "replicate", and their rules why.
+    Raises `PlanError` where nothing can be split.
+    """
+    return infer(model, tp_size, example_inputs).plan
+
+
+def infer(model: nn.Module, tp_size: int, example_inputs: Feed | Sequence[Feed] | None = None) -> Inference:
+    """As `infer_plan`, with the proof, and what became of each part."""
+    reference = Reference.of(*subject(model, example_inputs))
     left: dict[str, str] = {}
     proposals, ends = _proposals(reference, tp_size, left)
     chosen = _without_conflicts(proposals, left)
@@ -54,11 +72,11 @@ def infer(model: nn.Module, tp_size: int, feeds: Sequence[Feed]) -> Inference:
     return found
 
 
-def _proposals(reference: Reference, size: int, left: dict[str, str]) -> tuple[list[Proposal], list[Rule]]:
+def _proposals(reference: Reference, size: int, left: dict[str, str]) -> tuple[list[Proposal], list[list[Rule]]]:
     model = reference.model
     parameters = dict(model.named_parameters())
     with Trace(parameters) as trace, torch.enable_grad():
-        outputs = [value for feed in reference.feeds[:1] for value in tensors(model(**feed)) if value.is_floating_point()]
+        outputs = floats(model, reference.feeds[0])
     probe = Probe(trace.calls, parameters)
     reads = {product: probe.reads(product) for product in probe.consumers}
     elsewhere = probe.reached(outputs)
@@ -98,10 +116,10 @@ LARGE = 0.02
 """Of the model's elements: an embedding or a head that has more than this share is cut along the vocabulary."""
 
 
-def _vocabulary(model: nn.Module, products: Sequence[Product], last: set[Product], size: int) -> list[Rule]:
-    """Rules for large embeddings, and for large linear layers behind which nothing but the model's output comes."""
+def _vocabulary(model: nn.Module, products: Sequence[Product], last: set[Product], size: int) -> list[list[Rule]]:
+    """Rules, those of one tied parameter together, for large embeddings, and for large linear layers behind which nothing but the model's output comes."""
     total = sum(parameter.numel() for parameter in model.parameters())
-    found: dict[str, Rule] = {}
+    found: dict[str, list[Rule]] = {}
     for product in dict.fromkeys(products):
         parameter = model.get_parameter(product.weight)
         if parameter.numel() <= LARGE * total or parameter.shape[0] < size:
@@ -109,11 +127,13 @@ def _vocabulary(model: nn.Module, products: Sequence[Product], last: set[Product
         if product.inputs is None and product.outputs == 1:
             for name, module in model.named_modules():
                 if isinstance(module, nn.Embedding) and module.weight is parameter:
-                    found[name] = Rule(name, "embedding_rowwise", "inferred", reason="rows are looked up one by one")
+                    rule = Rule(name, "embedding_rowwise", "inferred", reason="rows are looked up one by one")
+                    found.setdefault(product.weight, []).append(rule)
         elif product in last and product.outputs == 0:
             for name, module in model.named_modules():
                 if isinstance(module, nn.Linear) and module.weight is parameter:
-                    found[name] = Rule(name, "colwise_gather_output", "inferred", reason="nothing but the output is behind it")
+                    rule = Rule(name, "colwise_gather_output", "inferred", reason="nothing but the output is behind it")
+                    found.setdefault(product.weight, []).append(rule)
     return list(found.values())
 
 
@@ -125,7 +145,7 @@ class _Search:
     reference: Reference
     size: int
     proposals: list[Proposal]
-    ends: list[Rule]
+    ends: list[list[Rule]]
     left: dict[str, str]
     chosen: dict[str, Patch] = field(default_factory=dict)
 
@@ -149,12 +169,12 @@ class _Search:
                 self.chosen[family] = found
                 kept.append(family)
         ends = []
-        for rule in self.ends:
-            proof = self._try([], [rule])[1]
+        for rules in self.ends:
+            proof = self._try([], [rules])[1]
             if proof:
-                ends.append(rule)
+                ends.append(rules)
             else:
-                self.left[rule.pattern] = str(proof.problem)
+                self.left[rules[0].pattern] = str(proof.problem)
         while True:
             plan, proof = self._try(kept, ends)
             if proof or not (kept or ends):
@@ -175,9 +195,9 @@ class _Search:
             first = first or str(proof.problem)
         return None, first
 
-    def _try(self, families: Sequence[str], ends: Sequence[Rule]) -> tuple[Plan, Proof]:
+    def _try(self, families: Sequence[str], ends: Sequence[list[Rule]]) -> tuple[Plan, Proof]:
         proposals = [proposal for proposal in self.proposals if proposal.family in families]
-        rules = [*patched(self.reference.model, proposals, self.chosen, self.size), *ends, *self._whole(proposals)]
+        rules = [*patched(self.reference.model, proposals, self.chosen, self.size), *(rule for tied in ends for rule in tied), *self._whole(proposals)]
         try:
             return resolve(self.model, rules, self.size), check(self.reference, resolve(self.reference.model, rules, self.size))
         except PlanError as error:

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from shardwise.errors import PlanError, describe
+from shardwise.hf import sample_feeds, specimen
 from shardwise.parallelize import ModelState, apply_plan
 from shardwise.plan import Plan
 from shardwise.spec import ShardSpec
 from shardwise.testing import RankError, RankTimeoutError, run_threads
 
-Feed = Mapping[str, Any]
+Feed = Mapping[str, Any] | Callable[[nn.Module], object]
+"""Keyword arguments of a model's forward; or what calls the model, and returns its outputs."""
 OUTPUTS = 1e-4
 """Relative to the largest: float32 sums of some hundred terms differ by 1e-6, what is lost or doubled by 1e-2 at least."""
 GRADIENTS = 1e-3
@@ -111,7 +113,7 @@ def check(reference: Reference, plan: Plan) -> Proof:
     return _compare(reference, plan, ranks)
 
 
-def prove(plan: Plan, model: nn.Module, example_inputs: Feed | Sequence[Feed]) -> Proof:
+def prove(plan: Plan, model: nn.Module, example_inputs: Feed | Sequence[Feed] | None = None) -> Proof:
     """Show that `plan` computes what `model` does: outputs, and the gradients of all parameters.
 
     Every rank is simulated in this process, with the very layers and collectives that would run, on the inputs given; weights
@@ -119,13 +121,16 @@ def prove(plan: Plan, model: nn.Module, example_inputs: Feed | Sequence[Feed]) -
 
     Args:
         plan: for any number of ranks.
-        model: the ordinary model, on the CPU, not changed.
-        example_inputs: keyword arguments of its forward; or several of them, which are accumulated.
+        model: the ordinary model, not changed. Of a transformers model, which may be on meta, another one is made of its
+            config.
+        example_inputs: keyword arguments of its forward; or several of them, which are accumulated. A transformers model that
+            reads texts needs none.
 
     Raises `PlanError` for a plan that is wrong, with the module, the parameter and the figure.
     """
-    feeds = [example_inputs] if isinstance(example_inputs, Mapping) else list(example_inputs)
-    proof = check(Reference.of(model, feeds), plan)
+    if plan.ep_size != plan.size:
+        raise PlanError(f"The plan deals experts to {plan.ep_size} ranks, which is not simulated: prove one without ep_size.")
+    proof = check(Reference.of(*subject(model, example_inputs)), plan)
     if proof.problem is not None:
         raise PlanError(
             describe(
@@ -137,20 +142,43 @@ def prove(plan: Plan, model: nn.Module, example_inputs: Feed | Sequence[Feed]) -
     return proof
 
 
+def subject(model: nn.Module, example_inputs: Feed | Sequence[Feed] | None) -> tuple[nn.Module, list[Feed]]:
+    """What to try plans for `model` out on, and its inputs. Raises `PlanError` where there are none."""
+    made = specimen(model)
+    if example_inputs is not None:
+        given = [example_inputs] if isinstance(example_inputs, Mapping) or callable(example_inputs) else list(example_inputs)
+        return made if made is not None else model, given
+    if made is None:
+        raise PlanError(
+            describe(
+                f"{type(model).__name__} is no transformers model: what it is called with has to be said.",
+                either=['shardwise.infer_plan(model, tp_size=..., example_inputs={"x": ...}), and parallelize with that plan'],
+            )
+        )
+    return made, list(sample_feeds(made))
+
+
 def _measure(model: nn.Module, feeds: Sequence[Feed]) -> tuple[list[Tensor], dict[str, Tensor], dict[str, Tensor | None]]:
     seen: dict[str, Tensor] = {}
     outputs: list[Tensor] = []
     for feed in feeds:
         with _recorded(model, seen), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            values = [value for value in tensors(model(**feed)) if value.is_floating_point()]
+            values = floats(model, feed)
         outputs += [value.detach() for value in values]
         generator = torch.Generator().manual_seed(1)
         weights = [torch.randn(value.shape, generator=generator) for value in values]
         total = sum(((value * weight).mean() for value, weight in zip(values, weights, strict=True)), torch.zeros(()))
-        total.backward()
+        if total.requires_grad:
+            total.backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
     return outputs, seen, gradients
+
+
+def floats(model: nn.Module, feed: Feed) -> list[Tensor]:
+    """What `model` returns for `feed`, as far as it is numbers."""
+    returned = feed(model) if callable(feed) else model(**feed)
+    return [value for value in tensors(returned) if value.is_floating_point()]
 
 
 def tensors(value: object) -> Iterator[Tensor]:

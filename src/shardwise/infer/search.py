@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from shardwise.infer.proposals import Proposal, local_counts
-from shardwise.infer.prove import Reference
+from shardwise.infer.prove import Reference, floats
 from shardwise.spec import Rule
 
 MOST = 48
@@ -71,7 +71,7 @@ def numbers_read(reference: Reference, place: str) -> dict[str, int]:
     module = reference.model.get_submodule(place)
     with _watched(module, seen), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        reference.model(**reference.feeds[0])
+        floats(reference.model, reference.feeds[0])
     return seen
 
 
