@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from transformers import PreTrainedModel
 
+from parity import types
 from parity.suite import Suite
 from shardwise.errors import PlanError
 from shardwise.testing import RankPool
+from shardwise.tiny.sizes import NO_DROPOUT
 
 TYPES = ("llama", "gpt2", "gpt_neox", "bert", "mixtral", "phi3")
 
@@ -16,7 +19,12 @@ TYPES = ("llama", "gpt2", "gpt_neox", "bert", "mixtral", "phi3")
 @pytest.fixture(scope="module")
 def suite(tmp_path_factory: pytest.TempPathFactory) -> Suite:
     """Tiny models of each type, loaded with inferred plans."""
-    return Suite(Path(tmp_path_factory.mktemp("inferred")), plan="infer")
+    return Suite(Path(tmp_path_factory.mktemp("inferred")), build, plan="infer")
+
+
+def build(name: str) -> PreTrainedModel:
+    """The tiny model of a type, without dropout."""
+    return types.build(name, **(NO_DROPOUT | {"is_decoder": True} if name == "bert" else {}))
 
 
 @pytest.mark.parametrize("name", TYPES)

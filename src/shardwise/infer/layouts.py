@@ -25,8 +25,9 @@ def cuts(sides: Sequence[Owners]) -> list[Cut] | None:
     found = [side for side in blocks if side is not None]
     if len(found) < len(blocks):
         return None
-    dealt = {tuple((first, block.units) for first, block in side if first != EVERY) for side in found}
-    if any(not set(one) <= set(max(dealt, key=len)) for one in dealt):
+    dealt: set[tuple[Run, ...]] = {tuple((first, block.units) for first, block in side if first != EVERY) for side in found}
+    longest: set[Run] = set(max(dealt, key=len, default=()))
+    if any(not set(one) <= longest for one in dealt):
         return None
     return [_cut([block for _, block in side]) for side in found]
 

@@ -21,6 +21,9 @@ from shardwise.resolve import resolve
 from shardwise.spec import Rule
 
 
+Family = tuple[str, str, int]
+
+
 @dataclass
 class Inference:
     """What was found of a model.
@@ -95,7 +98,10 @@ def _proposals(reference: Reference, size: int, left: dict[str, str]) -> tuple[l
         except NotPossible as why:
             for product in island.products:
                 left.setdefault(wildcard(product.weight.rpartition(".")[0]), str(why))
-    return proposals, _vocabulary(model, [call.product for call in trace.calls], probe.reached(outputs), size)
+    inner = {product for other in probe.consumers for product in probe.reached(probe.inputs_of(other))}
+    inner |= {product for proposal in proposals for product in proposal.products}
+    last = probe.reached(outputs) - inner
+    return proposals, _vocabulary(model, [call.product for call in trace.calls], last, size)
 
 
 def _without_conflicts(proposals: Sequence[Proposal], left: dict[str, str]) -> list[Proposal]:
@@ -108,7 +114,7 @@ def _without_conflicts(proposals: Sequence[Proposal], left: dict[str, str]) -> l
             taken |= dict.fromkeys(proposal.matrices, proposal)
             chosen.append(proposal)
         else:
-            left.setdefault(proposal.family, f"products of it are cut as part of {other.place}")
+            left.setdefault(proposal.family[0], f"products of it are cut as part of {other.place}")
     return chosen
 
 
@@ -147,7 +153,7 @@ class _Search:
     proposals: list[Proposal]
     ends: list[list[Rule]]
     left: dict[str, str]
-    chosen: dict[str, Patch] = field(default_factory=dict)
+    chosen: dict[Family, Patch] = field(default_factory=dict)
 
     def run(self) -> Inference:
         families = {proposal.family: [p for p in self.proposals if p.family == proposal.family] for proposal in self.proposals}
@@ -156,15 +162,17 @@ class _Search:
         if not proof:
             plan, proof = self._one_by_one(families)
         if not proof:
-            raise PlanError(f"{type(self.model).__name__}: the parts of the plan are right, and together they are not: {proof.problem}")
+            raise PlanError(
+                f"{type(self.model).__name__}: the parts of the plan are right, and together they are not: {proof.problem}"
+            )
         return Inference(plan, proof, self.left)
 
-    def _one_by_one(self, families: Mapping[str, list[Proposal]]) -> tuple[Plan, Proof]:
-        kept: list[str] = []
+    def _one_by_one(self, families: Mapping[Family, list[Proposal]]) -> tuple[Plan, Proof]:
+        kept: list[Family] = []
         for family, proposals in families.items():
             found, problem = self._patch(family, proposals)
             if found is None:
-                self.left[family] = problem
+                self.left[family[0]] = problem
             else:
                 self.chosen[family] = found
                 kept.append(family)
@@ -180,14 +188,14 @@ class _Search:
             if proof or not (kept or ends):
                 return plan, proof
             if kept:
-                self.left[kept[-1]] = f"together with the others: {proof.problem}"
+                self.left[kept[-1][0]] = f"together with the others: {proof.problem}"
                 kept = kept[:-1]
             else:
                 ends = ends[:-1]
 
-    def _patch(self, family: str, proposals: list[Proposal]) -> tuple[Patch | None, str]:
+    def _patch(self, family: Family, proposals: list[Proposal]) -> tuple[Patch | None, str]:
         first = ""
-        for patch in patches(self.reference, proposals[0], self.size):
+        for patch in patches(self.reference, proposals[0]):
             self.chosen[family] = patch
             proof = self._try([family], [])[1]
             if proof:
@@ -195,9 +203,13 @@ class _Search:
             first = first or str(proof.problem)
         return None, first
 
-    def _try(self, families: Sequence[str], ends: Sequence[list[Rule]]) -> tuple[Plan, Proof]:
+    def _try(self, families: Sequence[Family], ends: Sequence[list[Rule]]) -> tuple[Plan, Proof]:
         proposals = [proposal for proposal in self.proposals if proposal.family in families]
-        rules = [*patched(self.reference.model, proposals, self.chosen, self.size), *(rule for tied in ends for rule in tied), *self._whole(proposals)]
+        rules = [
+            *patched(self.reference.model, proposals, self.chosen, self.size),
+            *(rule for tied in ends for rule in tied),
+            *self._whole(proposals),
+        ]
         try:
             return resolve(self.model, rules, self.size), check(self.reference, resolve(self.reference.model, rules, self.size))
         except PlanError as error:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from shardwise.infer.products import Call, Product
+from shardwise.plan import wildcard
 
 _AT_ONCE = 64
 
@@ -39,12 +40,13 @@ class Probe:
     """
 
     def __init__(self, calls: Sequence[Call], parameters: Mapping[str, nn.Parameter]) -> None:
-        self._calls = [call for call in calls]
+        self._calls = list(calls)
         self._parameters = parameters
         self._shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
         used = {call.product.weight for call in calls}
         self._others = {name: parameter for name, parameter in parameters.items() if name not in used}
         self._generator = torch.Generator().manual_seed(0)
+        self._known: dict[Hashable, tuple[list[Tensor], list[Tensor]]] = {}
 
     @property
     def consumers(self) -> list[Product]:
@@ -81,13 +83,25 @@ class Probe:
         whole = self._read(asked, sources, [list(range(width))])
         if all(bool((first.outputs[p] == whole.outputs[p]).all()) for p in whole.outputs):
             return None
-        parts = [
-            self._read(asked, sources, [[channel] for channel in range(start, min(start + _AT_ONCE, width))])
-            for start in range(0, width, _AT_ONCE)
-        ]
-        outputs = {p: torch.cat([part.outputs[p] for part in parts]) for p in whole.outputs}
-        others = {name: torch.cat([part.parameters[name] for part in parts]) for name in whole.parameters}
-        return Reads(product, outputs, others)
+        alike = self._alike(asked, sources)
+        if alike not in self._known:
+            parts = [
+                self._read(asked, sources, [[channel] for channel in range(start, min(start + _AT_ONCE, width))])
+                for start in range(0, width, _AT_ONCE)
+            ]
+            outputs = [torch.cat([part.outputs[p] for part in parts]) for p in whole.outputs]
+            self._known[alike] = outputs, [torch.cat([part.parameters[name] for part in parts]) for name in whole.parameters]
+        outputs, parameters = self._known[alike]
+        named = dict(zip(whole.outputs, outputs, strict=True)), dict(zip(whole.parameters, parameters, strict=True))
+        return Reads(product, *named)
+
+    def _alike(self, asked: list[Call], sources: _Sources) -> Hashable:
+        """The same for products of layers that are alike: one of them is asked for all. What differs all the same, the proof
+        finds.
+        """
+        calls = [(wildcard(call.product.weight), call.x.shape, call.y.shape) for call in (*asked, *sources.calls)]
+        order = [call.product for call in sources.calls]
+        return (*calls, *map(order.index, order), *map(wildcard, sources.parameters))
 
     def _read(self, asked: list[Call], sources: _Sources, channels: list[list[int]]) -> Reads:
         inputs = [*(call.y for call in sources.calls), *(self._others[name] for name in sources.parameters)]

@@ -93,7 +93,7 @@ class Trace(TorchFunctionMode):
         super().__init__()
         self.calls: list[Call] = []
         self._names = {id(parameter): name for name, parameter in parameters.items()}
-        self._parameters = parameters
+        self._generator = torch.Generator().manual_seed(0)
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
@@ -109,9 +109,14 @@ class Trace(TorchFunctionMode):
         if found is None:
             return result
         product, first_input, first_output = found
-        leaf = result.detach().requires_grad_()
+        leaf = self._perturbed(result.detach()).requires_grad_()
         self.calls.append(Call(product, x, leaf, first_input, first_output))
         return leaf.clone()  # which may be written to, where a leaf may not
+
+    def _perturbed(self, result: Tensor) -> Tensor:
+        """`result` with random signs and a little noise: a rectifier whose tokens are all alike may have no derivative at any."""
+        signs, noise = (torch.randn(result.shape, generator=self._generator).to(result) for _ in range(2))
+        return result * signs.sign() + noise * 0.1 * result.detach().abs().mean().nan_to_num(0.0)
 
     def _product(self, weight: Tensor, operands: _Operands) -> tuple[Product, int, int] | None:
         base = weight if id(weight) in self._names else weight._base

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
 
 from torch import nn
 
@@ -26,6 +25,7 @@ class Proposal:
 
     Args:
         place: the module around all of its products, whose code may read numbers that become local.
+        kind: its class.
         count: into how many parts it falls.
         rules: for its products and parameters.
         products: what it consists of.
@@ -34,6 +34,7 @@ class Proposal:
     """
 
     place: str
+    kind: str
     count: int
     rules: tuple[Rule, ...]
     products: tuple[Product, ...]
@@ -41,9 +42,9 @@ class Proposal:
     numel: int
 
     @property
-    def family(self) -> str:
-        """Layers are alike: one family for all of them."""
-        return wildcard(self.place)
+    def family(self) -> tuple[str, str, int]:
+        """Layers are alike: one family for all that differ in their numbers alone."""
+        return wildcard(self.place), self.kind, self.count
 
 
 class NotPossible(Exception):
@@ -95,8 +96,8 @@ def propose(model: nn.Module, island: Island, size: int, elsewhere: Iterable[Pro
     rules += [_summed(model, name, island) for name in island.shared]
     numel = sum(_numel(model, product) for product in island.products if not _whole(island, product))
     names = tuple(dict.fromkeys(name for name, _ in targets.values()))
-    place = _around([product.weight for product in island.products])
-    return Proposal(place, island.count, tuple(rules), island.products, names, numel)
+    place = _around(names)
+    return Proposal(place, type(model.get_submodule(place)).__name__, island.count, tuple(rules), island.products, names, numel)
 
 
 def _whole(island: Island, product: Product) -> bool:
@@ -126,6 +127,8 @@ def _style_along(model: nn.Module, name: str, dim: int) -> str:
         return "colwise"
     if dim == dims - 1:
         return "rowwise"
+    if dim == 0:
+        return "local_rows"
     raise NotPossible(f"{name} would be cut along dim {dim} of {dims}")
 
 
@@ -162,11 +165,12 @@ def _summed(model: nn.Module, name: str, island: Island) -> Rule:
     return Rule(owner if alone else name, "replicated_with_grad_allreduce", "inferred", reason=reason)
 
 
-def _around(weights: Sequence[str]) -> str:
-    """The module around the modules of several parameters."""
-    owners = [name.split(".")[:-1] for name in weights]
-    common = list(commonprefix(owners))  # type: ignore[type-var]  # of lists, segment by segment
-    return ".".join(common[:-1] if len(owners) > 1 and common in owners and len(set(map(tuple, owners))) > 1 else common)
+def _around(modules: Sequence[str]) -> str:
+    """The innermost module around several modules and parameters, by their names."""
+    parents = [name.split(".")[:-1] for name in modules]
+    common = [segments[0] for segments in zip(*parents, strict=False) if len(set(segments)) == 1]
+    depth = next((at for at, segments in enumerate(zip(*parents, strict=False)) if len(set(segments)) > 1), len(common))
+    return ".".join(parents[0][:depth])
 
 
 def local_counts(count: int, size: int) -> tuple[int, ...]:

@@ -78,7 +78,7 @@ class Reference:
 
 
 def randomise(model: nn.Module) -> nn.Module:
-    """A copy of `model` on the CPU, in float32 and evaluation mode, all parameters a little random: zeros and ones hide much."""
+    """A copy of `model` in float32 and evaluation mode, all parameters a little random: zeros and ones hide much."""
     made = copy.deepcopy(model).float().eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -232,7 +232,9 @@ def _compare(
     return Proof(plan.size, outputs, gradients, worst, problem)
 
 
-def _gradient_error(row: ShardSpec, actual: Tensor | None, expected: Tensor | None, rank: int, plan: Plan, largest: float) -> float:
+def _gradient_error(
+    row: ShardSpec, actual: Tensor | None, expected: Tensor | None, rank: int, plan: Plan, largest: float
+) -> float:
     """Relative to the parameter's largest; what is no more than noise beside the `largest` of all (biases of keys, which a
     softmax takes out) is compared with that.
     """

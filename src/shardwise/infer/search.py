@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from inspect import signature
-from itertools import combinations
+from itertools import combinations, islice
 from typing import Any
 
 import torch
@@ -25,39 +25,38 @@ MOST = 48
 _BIASES = ("alibi", "position_bias", "attention_mask")
 
 
+Number = tuple[str, str]
+"""A number that code reads: a module's name, and the attribute (or "config.name") of it."""
+
+
 @dataclass(frozen=True)
 class Patch:
-    """What a module gets besides cut weights.
+    """What the modules of a proposal get besides cut weights.
 
     Args:
-        attributes: numbers of the module (or "config.name" of its config) that become local.
-        own_bias: of a position bias of all heads that it is handed, it takes those of its own.
+        numbers: those that become local; modules by their path inside of the one around the proposal's products.
+        own_bias: of a position bias of all heads that it is handed, the module around them takes those of its own.
     """
 
-    attributes: tuple[str, ...] = ()
+    numbers: tuple[Number, ...] = ()
     own_bias: bool = False
 
 
 NONE = Patch()
 
 
-def patches(reference: Reference, proposal: Proposal, size: int) -> Iterator[Patch]:
-    """What to try of the module around a proposal's products, the likeliest first, `NONE` the very first."""
+def patches(reference: Reference, proposal: Proposal) -> Iterator[Patch]:
+    """What to try of the modules of a proposal, the likeliest first, `NONE` the very first."""
     module = reference.model.get_submodule(proposal.place)
-    read = numbers_read(reference, proposal.place)
+    read = numbers_read(reference, proposal)
     names = [name for name, value in read.items() if value >= proposal.count and value % proposal.count == 0]
     exact = [name for name in names if read[name] == proposal.count]
     biased = any(name in signature(type(module).forward).parameters for name in _BIASES)
-    tried: list[Patch] = []
-    for attributes in (*_subsets(names, exact),):
-        for own_bias in (False, True) if biased else (False,):
-            patch = Patch(attributes, own_bias)
-            if patch not in tried and len(tried) < MOST:
-                tried.append(patch)
-                yield patch
+    ways = ((numbers, own) for numbers in _subsets(names, exact) for own in ((False, True) if biased else (False,)))
+    return islice((Patch(*way) for way in dict.fromkeys(ways)), MOST)
 
 
-def _subsets(names: Sequence[str], exact: Sequence[str]) -> Iterator[tuple[str, ...]]:
+def _subsets(names: Sequence[Number], exact: Sequence[Number]) -> Iterator[tuple[Number, ...]]:
     yield ()
     yield tuple(names)
     yield tuple(exact)
@@ -65,37 +64,46 @@ def _subsets(names: Sequence[str], exact: Sequence[str]) -> Iterator[tuple[str, 
         yield from combinations(names, number)
 
 
-def numbers_read(reference: Reference, place: str) -> dict[str, int]:
-    """The integers of the module at `place`, and of its config, that its code reads in a forward pass."""
-    seen: dict[str, int] = {}
-    module = reference.model.get_submodule(place)
-    with _watched(module, seen), torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        floats(reference.model, reference.feeds[0])
+def numbers_read(reference: Reference, proposal: Proposal) -> dict[Number, int]:
+    """The integers of the modules around a proposal's products, and of their configs, that code reads in a forward pass."""
+    seen: dict[Number, int] = {}
+    place = reference.model.get_submodule(proposal.place)
+    with ExitStack() as stack:
+        for name, module in place.named_modules():
+            if _around_products(f"{proposal.place}.{name}".strip("."), proposal):
+                stack.enter_context(_watched(module, name, seen))
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            floats(reference.model, reference.feeds[0])
     return seen
 
 
-@contextmanager
-def _watched(module: nn.Module, seen: dict[str, int]) -> Iterator[None]:
-    kind = type(module)
-    config = module.__dict__.get("config")
+def _around_products(name: str, proposal: Proposal) -> bool:
+    if name in proposal.matrices:
+        return False
+    inside = (*proposal.matrices, *(rule.pattern for rule in proposal.rules))
+    return name == proposal.place or any(one.startswith(f"{name}.") for one in inside)
 
-    def note(prefix: str, name: str, value: object) -> None:
-        if isinstance(value, int) and not isinstance(value, bool) and value > 1 and not name.startswith("_"):
-            seen[prefix + name] = value
+
+@contextmanager
+def _watched(module: nn.Module, path: str, seen: dict[Number, int]) -> Iterator[None]:
+    kind, config = type(module), module.__dict__.get("config")
+
+    def note(name: str, value: object) -> None:
+        if isinstance(value, int) and not isinstance(value, bool) and value > 1 and not name.rpartition(".")[2].startswith("_"):
+            seen[path, name] = value
 
     class Config:
         """The module's config, read through."""
 
         def __getattr__(self, name: str) -> Any:
             value = getattr(config, name)
-            note("config.", name, value)
+            note(f"config.{name}", value)
             return value
 
     def read(self: nn.Module, name: str) -> Any:
         value = kind.__getattribute__(self, name)
-        if "." not in name:
-            note("", name, value)
+        note(name, value)
         return value
 
     module.__class__ = type(kind.__name__, (kind,), {"__getattribute__": read, "__module__": kind.__module__})
@@ -109,21 +117,23 @@ def _watched(module: nn.Module, seen: dict[str, int]) -> Iterator[None]:
             module.__dict__["config"] = config
 
 
-def patched(model: nn.Module, proposals: Iterable[Proposal], chosen: Mapping[str, Patch], size: int) -> list[Rule]:
+def patched(model: nn.Module, proposals: Iterable[Proposal], chosen: Mapping[tuple[str, str, int], Patch], size: int) -> list[Rule]:
     """The rules of `proposals`, with what their modules need besides."""
     rules: dict[str, Rule] = {}
     for proposal in proposals:
         rules |= {rule.pattern: rule for rule in proposal.rules}
-        patch = chosen.get(proposal.family, NONE)
-        if patch == NONE:
-            continue
-        module, counts = model.get_submodule(proposal.place), local_counts(proposal.count, size)
-        local = {name: tuple(_read(module, name) // proposal.count * n for n in counts) for name in patch.attributes}
-        known = rules.get(proposal.place)
-        style = "local_head_bias" if patch.own_bias else known.style if known else "local_params"
-        attributes = {**(known.attributes if known else {}), **local}
-        reason = f"its code reads these numbers, and {proposal.count} parts are dealt"
-        rules[proposal.place] = Rule(proposal.place, style, "inferred", attributes=attributes, reason=reason)
+        patch, counts = chosen.get(proposal.family, NONE), local_counts(proposal.count, size)
+        local: dict[str, dict[str, tuple[int, ...]]] = {proposal.place: {}} if patch.own_bias else {}
+        for path, name in patch.numbers:
+            place = f"{proposal.place}.{path}".strip(".")
+            value = _read(model.get_submodule(place), name)
+            local.setdefault(place, {})[name] = tuple(value // proposal.count * count for count in counts)
+        for place, attributes in local.items():
+            known = rules.get(place)
+            style = "local_head_bias" if patch.own_bias and place == proposal.place else known.style if known else "local_params"
+            attributes = {**(known.attributes if known else {}), **attributes}
+            reason = f"its code reads these numbers, and {proposal.count} parts are dealt"
+            rules[place] = Rule(place, style, "inferred", attributes=attributes, reason=reason)
     return list(rules.values())
 
 

@@ -8,7 +8,8 @@
 | `packed_colwise`, `packed_rowwise` | `PackedColwiseParallel`, `PackedRowwiseParallel` |
 | `embedding_rowwise`, `embedding_colwise` | `EmbeddingRowwise`, `EmbeddingColwise` |
 | `replicate`, `replicated_with_grad_allreduce` | `Replicate`, `ReplicatedWithGradAllReduce` |
-| `local_params`, `local_head_bias`, `all_reduce` | `LocalParamsParallel`, `LocalHeadBias`, `AllReduceParallel` |
+| `local_params`, `local_rows` | `LocalParamsParallel`, `LocalRows` |
+| `local_head_bias`, `all_reduce` | `LocalHeadBias`, `AllReduceParallel` |
 | `sequence_parallel` | `SequenceParallel` |
 | `mla_kv_a_proj`, `mla_kv_a_proj_gather_output` | `MlaKvAProjParallel`, `MlaKvAProjGatherOutput` |
 | `moe_tp_experts`, `moe_identity_expert`, `grouped_gemm`, `ep_router` | `MoeExpertsParallel`, ... |
@@ -63,6 +64,7 @@ from shardwise.layers.region import Region
 from shardwise.layers.replicated import (
     AllReduceParallel,
     LocalParamsParallel,
+    LocalRows,
     Replicate,
     ReplicatedWithGradAllReduce,
     SequenceParallel,
@@ -100,6 +102,7 @@ STYLES: MappingProxyType[str, type[ParallelStyle]] = MappingProxyType(
         "moe_tp_experts": MoeExpertsParallel,
         "moe_identity_expert": MoeIdentityExpert,
         "local_params": LocalParamsParallel,
+        "local_rows": LocalRows,
         "local_head_bias": LocalHeadBias,
         "grouped_gemm": GroupedGemm,
         "ep_router": EpRouter,
@@ -133,6 +136,7 @@ __all__ = [
     "LocalDropout",
     "LocalHeadBias",
     "LocalParamsParallel",
+    "LocalRows",
     "MlaKvAProjGatherOutput",
     "MlaKvAProjParallel",
     "MoeExpertsParallel",

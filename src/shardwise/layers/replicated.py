@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from shardwise.collectives import even_sizes, gather_from_tp, reduce_from_tp, scatter_to_tp
 from shardwise.errors import ShardwiseError, describe
-from shardwise.layers.base import ParallelStyle, original_class
+from shardwise.layers.base import Cut, ParallelStyle, original_class
 from shardwise.layers.region import drops_out, local_random_stream
+from shardwise.layout import Layout, Shape
 
 
 class Replicate(ParallelStyle):
@@ -26,6 +27,14 @@ class LocalParamsParallel(Replicate):
     """
 
     prefix = "Local"
+
+
+class LocalRows(LocalParamsParallel):
+    """As `LocalParamsParallel`; what a rule gives this style is cut along dim 0: a depthwise convolution by its channels."""
+
+    @classmethod
+    def layout(cls, shape: Shape, cut: Cut) -> Layout:
+        return cut.along(0)
 
 
 class ReplicatedWithGradAllReduce(Replicate):
