@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from shardwise.adapters import adapted_model
 from shardwise.coverage import check_coverage
-from shardwise.errors import PlanError, describe
+from shardwise.errors import MismatchError, PlanError, describe
 from shardwise.generation import same_random_state
 from shardwise.hf import (
     base_prefixes,
@@ -36,7 +37,7 @@ from shardwise.parallelize import (
 )
 from shardwise.plan import Plan
 from shardwise.rendezvous import START_TIMEOUT, meet
-from shardwise.replicas import check_same_weights
+from shardwise.replicas import check_same_weights, digest, first_difference
 from shardwise.resolve import resolve
 from shardwise.sequence import has_sequence, with_sequence
 from shardwise.spec import Rule, ShardSpec
@@ -128,6 +129,8 @@ def parallelize(
         state = model_state(inner, table, axis, expert_axis(axis, table.ep_size), overlap, sequence_parallel)
         meet(state.ep, "parallelize", START_TIMEOUT)
         check_same_weights(inner, state.ep)
+        if isinstance(plan, str) and plan == "infer":
+            _check_same_plan(table, state.ep)
         device = local_device(axis)
 
         def shard(row: ShardSpec, tensor: Tensor) -> Tensor:
@@ -155,6 +158,18 @@ def unparallelize(model: nn.Module) -> nn.Module:
     meet(state.ep, "unparallelize")
     remove_plan(model, lambda row, tensor: gather_full(row, tensor, state.axis_of(row)))
     return model
+
+
+def _check_same_plan(table: Plan, mesh: DeviceMesh) -> None:
+    """Raise `MismatchError`, on every rank, when ranks inferred different plans. Collective."""
+    number = digest(*sorted(map(repr, (*table.tensors, *table.modules))))
+    if (rank := first_difference(torch.tensor([number]), mesh)) is not None:
+        raise MismatchError(
+            describe(
+                f"Rank {rank} inferred another plan than rank 0.",
+                either=["the same model, versions and inputs on every rank, or", "a plan that one rank infers and sends"],
+            )
+        )
 
 
 def _given(plan: Plan, tp_size: int, ep_size: int | None) -> Plan:

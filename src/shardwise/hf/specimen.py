@@ -12,15 +12,16 @@ from transformers import PreTrainedModel
 
 from shardwise.errors import PlanError, describe
 
-LARGEST = 400_000_000
+LARGEST = 200_000_000
 """Elements of a model that is built for a trial: a handful of copies of it are held at once, in float32."""
 _TOKENS = 12
 _FIRST = 10
 
 
 def specimen(model: nn.Module) -> PreTrainedModel | None:
-    """A new model of the class and config of `model`, with random weights in float32, on the CPU; None where `model` is no
-    transformers model. The same in every process; torch's random state is left as it is.
+    """A new model of the class and config of `model`, with random weights in float32, on the CPU. The same in every process;
+    torch's random state is left as it is. None where `model` is no transformers model, or not what its config says (it has
+    adapters, say).
 
     Raises `PlanError` for a model too large to be built so.
     """
@@ -42,7 +43,13 @@ def specimen(model: nn.Module) -> PreTrainedModel | None:
         torch.default_generator.manual_seed(0)
         made: PreTrainedModel = type(model)._from_config(copy.deepcopy(model.config), dtype=torch.float32)
     made.config.get_text_config().use_cache = False
-    return made.eval()
+    return made.eval() if _kinds(made) == _kinds(model) else None
+
+
+def _kinds(model: nn.Module) -> dict[str, object]:
+    """The class of each module, and the shape of each parameter."""
+    kinds: dict[str, object] = {name: type(module) for name, module in model.named_modules()}
+    return kinds | {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def sample_feeds(model: PreTrainedModel) -> list[Mapping[str, Any] | Callable[[nn.Module], object]]:

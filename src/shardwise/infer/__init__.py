@@ -1,6 +1,18 @@
-"""Plans for models that have none, inferred from what the model computes, and proven."""
+"""Plans for models that have none, inferred from what the model computes, and proven.
 
-from shardwise.infer.plan import Inference, infer, infer_plan
-from shardwise.infer.prove import Proof, prove
+| | |
+|---|---|
+| `products` | a forward pass, cut at every product with a parameter |
+| `probe` | which outputs of products an input of a later one depends on |
+| `islands` | what falls apart into components: heads, KV groups, channels |
+| `layouts`, `proposals`, `ends` | components as blocks, islands as rules, and the vocabulary |
+| `simulate`, `search`, `choose` | every rank on a thread; what modules need besides cut weights; what passes |
+| `plan`, `prove`, `subject` | what is called, and what plans are tried out on |
+"""
+
+from shardwise.infer.choose import Inference
+from shardwise.infer.plan import infer, infer_plan
+from shardwise.infer.prove import prove
+from shardwise.infer.simulate import Proof
 
 __all__ = ["Inference", "Proof", "infer", "infer_plan", "prove"]

@@ -70,7 +70,7 @@ def _island(group: list[Reads]) -> Island | None:
         return None
     rows, columns = parts
     count = int(rows.max()) + 1
-    producers = {p: owners for p, owners in zip(products, columns.split([widths[p] for p in products]), strict=True)}
+    producers = dict(zip(products, columns.split([widths[p] for p in products]), strict=True))
     consumers = {
         reads.product: owners
         for reads, owners in zip(group, rows.split([next(iter(r.outputs.values())).shape[0] for r in group]), strict=True)
@@ -117,7 +117,7 @@ def _components(matrix: Tensor, kinds: Tensor) -> tuple[Tensor, Tensor] | None:
 
 def _connected(matrix: Tensor) -> Tensor | None:
     """The component of each row; None where there is one alone, or rows that nothing is computed for."""
-    rows, columns = matrix.shape
+    rows = matrix.shape[0]
     if not bool(matrix.any(1).all()):
         return None
     labels = torch.arange(rows)

@@ -26,8 +26,8 @@ def cuts(sides: Sequence[Owners]) -> list[Cut] | None:
     if len(found) < len(blocks):
         return None
     dealt: set[tuple[Run, ...]] = {tuple((first, block.units) for first, block in side if first != EVERY) for side in found}
-    longest: set[Run] = set(max(dealt, key=len, default=()))
-    if any(not set(one) <= longest for one in dealt):
+    every = max(dealt, key=lambda one: len(one), default=())
+    if any(not set(one) <= set(every) for one in dealt):
         return None
     return [_cut([block for _, block in side]) for side in found]
 

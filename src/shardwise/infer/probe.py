@@ -41,7 +41,6 @@ class Probe:
 
     def __init__(self, calls: Sequence[Call], parameters: Mapping[str, nn.Parameter]) -> None:
         self._calls = list(calls)
-        self._parameters = parameters
         self._shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
         used = {call.product.weight for call in calls}
         self._others = {name: parameter for name, parameter in parameters.items() if name not in used}
@@ -56,11 +55,11 @@ class Probe:
     def reached(self, values: Sequence[Tensor]) -> set[Product]:
         """The products on whose outputs `values` depend."""
         values = [value for value in values if value.requires_grad]
-        if not values:
+        if not values or not self._calls:
             return set()
         leaves = [call.y for call in self._calls]
         cotangents = [torch.randn(value.shape, generator=self._generator).to(value) for value in values]
-        found = torch.autograd.grad(values, leaves, cotangents, retain_graph=True, allow_unused=True)
+        found: Sequence[Tensor | None] = torch.autograd.grad(values, leaves, cotangents, retain_graph=True, allow_unused=True)
         return {call.product for call, gradient in zip(self._calls, found, strict=True) if gradient is not None}
 
     def inputs_of(self, product: Product) -> list[Tensor]:

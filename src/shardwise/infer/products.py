@@ -114,7 +114,7 @@ class Trace(TorchFunctionMode):
         return leaf.clone()  # which may be written to, where a leaf may not
 
     def _perturbed(self, result: Tensor) -> Tensor:
-        """`result` with random signs and a little noise: a rectifier whose tokens are all alike may have no derivative at any."""
+        """`result` with random signs and some noise: a rectifier has no derivative where the tokens are all below zero."""
         signs, noise = (torch.randn(result.shape, generator=self._generator).to(result) for _ in range(2))
         return result * signs.sign() + noise * 0.1 * result.detach().abs().mean().nan_to_num(0.0)
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from shardwise.infer.proposals import Proposal, local_counts
-from shardwise.infer.prove import Reference, floats
+from shardwise.infer.simulate import Reference, floats
 from shardwise.spec import Rule
 
 MOST = 48
@@ -117,7 +117,9 @@ def _watched(module: nn.Module, path: str, seen: dict[Number, int]) -> Iterator[
             module.__dict__["config"] = config
 
 
-def patched(model: nn.Module, proposals: Iterable[Proposal], chosen: Mapping[tuple[str, str, int], Patch], size: int) -> list[Rule]:
+def patched(
+    model: nn.Module, proposals: Iterable[Proposal], chosen: Mapping[tuple[str, str, int], Patch], size: int
+) -> list[Rule]:
     """The rules of `proposals`, with what their modules need besides."""
     rules: dict[str, Rule] = {}
     for proposal in proposals:
@@ -130,7 +132,9 @@ def patched(model: nn.Module, proposals: Iterable[Proposal], chosen: Mapping[tup
             local.setdefault(place, {})[name] = tuple(value // proposal.count * count for count in counts)
         for place, attributes in local.items():
             known = rules.get(place)
-            style = "local_head_bias" if patch.own_bias and place == proposal.place else known.style if known else "local_params"
+            style = (
+                "local_head_bias" if patch.own_bias and place == proposal.place else known.style if known else "local_params"
+            )
             attributes = {**(known.attributes if known else {}), **attributes}
             reason = f"its code reads these numbers, and {proposal.count} parts are dealt"
             rules[place] = Rule(place, style, "inferred", attributes=attributes, reason=reason)

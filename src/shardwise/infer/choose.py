@@ -1,0 +1,125 @@
+"""Takes into the plan what the proof lets pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from shardwise.errors import PlanError
+from shardwise.infer.proposals import Proposal
+from shardwise.infer.search import Patch, patched, patches
+from shardwise.infer.simulate import Proof, Reference, check
+from shardwise.plan import Plan, wildcard
+from shardwise.resolve import resolve
+from shardwise.spec import Rule
+
+Family = tuple[str, str, int]
+
+
+@dataclass(frozen=True)
+class Inference:
+    """What was found of a model.
+
+    Args:
+        plan: the plan, proven.
+        proof: what it computes, beside the model.
+        left: why what stays whole does, by the name of the module or parameter, with `*` for numbers.
+    """
+
+    plan: Plan
+    proof: Proof
+    left: Mapping[str, str]
+
+
+@dataclass
+class Choice:
+    """The search for a plan that passes: everything at once, or else family by family, each with what its modules need besides.
+
+    Args:
+        model: for which the plan is.
+        reference: what it is tried out on.
+        size: ranks.
+        proposals: rules for the islands of the model.
+        ends: rules for its vocabulary, those of one tied parameter together.
+        left: why what stays whole does, by name; what fails here is added.
+    """
+
+    model: nn.Module
+    reference: Reference
+    size: int
+    proposals: list[Proposal]
+    ends: list[list[Rule]]
+    left: dict[str, str]
+    chosen: dict[Family, Patch] = field(default_factory=dict)
+
+    def run(self) -> Inference:
+        """The plan with all that passes. Raises `PlanError` where the empty plan does not either: the model is not the same
+        from call to call.
+        """
+        families: dict[Family, list[Proposal]] = {}
+        for proposal in self.proposals:
+            families.setdefault(proposal.family, []).append(proposal)
+        plan, proof = self._try(list(families), self.ends)
+        if not proof:
+            plan, proof = self._one_by_one(families)
+        if not proof:
+            raise PlanError(f"{type(self.model).__name__}: its outputs differ between two calls: {proof.problem}.")
+        return Inference(plan, proof, dict(self.left))
+
+    def _one_by_one(self, families: Mapping[Family, list[Proposal]]) -> tuple[Plan, Proof]:
+        kept = [family for family, proposals in families.items() if self._passes(family, proposals)]
+        ends = [rules for rules in self.ends if self._end_passes(rules)]
+        while True:
+            plan, proof = self._try(kept, ends)
+            if proof or not (kept or ends):
+                return plan, proof
+            names = [n for p in families[kept.pop()] for n in p.matrices] if kept else [rule.pattern for rule in ends.pop()]
+            self._leave(names, f"right alone, and not together with the others: {proof.problem}")
+
+    def _leave(self, names: Iterable[str], why: str) -> None:
+        self.left.update({wildcard(name): why for name in names})
+
+    def _passes(self, family: Family, proposals: Sequence[Proposal]) -> bool:
+        """Whether a family alone is right with some patch, which is then chosen."""
+        first = ""
+        for patch in patches(self.reference, proposals[0]):
+            self.chosen[family] = patch
+            proof = self._try([family], [])[1]
+            if proof:
+                return True
+            first = first or str(proof.problem)
+        self._leave((name for proposal in proposals for name in proposal.matrices), first)
+        return False
+
+    def _end_passes(self, rules: list[Rule]) -> bool:
+        proof = self._try([], [rules])[1]
+        if not proof:
+            self._leave((rule.pattern for rule in rules), str(proof.problem))
+        return bool(proof)
+
+    def _try(self, families: Sequence[Family], ends: Sequence[list[Rule]]) -> tuple[Plan, Proof]:
+        """The plan of these parts, everything else whole, and its proof."""
+        proposals = [proposal for proposal in self.proposals if proposal.family in families]
+        rules = [
+            *patched(self.reference.model, proposals, self.chosen, self.size),
+            *(rule for tied in ends for rule in tied),
+        ]
+        rules += self._whole({rule.pattern for rule in rules})
+        try:
+            plan = resolve(self.model, rules, self.size)
+            return plan, check(self.reference, resolve(self.reference.model, rules, self.size))
+        except PlanError as error:
+            return Plan(self.size, (), ()), Proof.failed(self.size, str(error).splitlines()[0])
+
+    def _whole(self, named: set[str]) -> list[Rule]:
+        """Rules that name what stays whole, each with the reason."""
+        found = []
+        for name, module in self.model.named_modules():
+            places = [name] if isinstance(module, nn.Linear | nn.Embedding) else []
+            places += [f"{name}.{child}" for child, p in module._parameters.items() if p is not None and p.dim() > 2]
+            for place in (place for place in places if place not in named):
+                if (why := self.left.get(wildcard(place))) is not None:
+                    found.append(Rule(place, "replicate", "inferred", reason=why))
+        return found
