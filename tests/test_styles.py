@@ -185,6 +185,26 @@ def test_local_params(size, threads):
     check_parity(threads, size, parent, {**under("0", ATTENTION_PLAN), "0": "local_params"}, (x(2, 3, 12),))
 
 
+class Mixed(nn.Module):
+    """A depthwise convolution over time between two products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(12, 10), nn.Linear(10, 12)
+        self.taps = nn.Parameter(torch.zeros(10, 1, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, sequence, 12) -> the same."""
+        return self.down(nn.functional.conv1d(self.up(x).mT, self.taps, padding=1, groups=self.taps.shape[0]).mT)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_local_rows(size, threads):
+    """Guards: a depthwise convolution cut along another dim than its channels, or not cut with them."""
+    plan = {"0.up": "colwise", "0.taps": "local_rows", "0.down": "rowwise"}
+    check_parity(threads, size, one(randomize(Mixed())), plan, (x(2, 5, 12),))
+
+
 class Partial(nn.Module):
     """A module whose output is a part on each rank, as its last product is over a local dim and it has no layer to say so."""
 

@@ -1,0 +1,89 @@
+"""One type: its tiny model, the plan that is inferred for it, and the one that it gets without."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from dataclasses import dataclass
+from math import prod
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+import shardwise
+from shardwise import tiny
+from shardwise.errors import PlanError
+from shardwise.infer import infer
+from shardwise.plan import Plan
+from shardwise.tiny.sizes import TINY
+
+# Of types that say their sizes by other names; no two alike that could be confused.
+SIZES: dict[str, object] = {
+    **dict.fromkeys(("d_model", "decoder_hidden_size", "n_embd", "embedding_size"), 64),
+    **dict.fromkeys(("decoder_layers", "encoder_layers", "num_decoder_layers", "n_layer"), 2),
+    **dict.fromkeys(("decoder_attention_heads", "encoder_attention_heads", "num_decoder_attention_heads", "n_head"), 4),
+    **dict.fromkeys(("decoder_ffn_dim", "encoder_ffn_dim", "d_inner", "dim_feedforward", "ffn_dim"), 96),
+}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was found of a type.
+
+    Args:
+        share: of the elements of the body (what is neither embedding nor head), those that are cut; None without a proven plan.
+        seconds: that inference and proof took.
+        known: the share that `tp_plan="auto"` cuts; None where there is no such plan.
+        note: what stays whole, and why; or why there is no plan.
+    """
+
+    share: float | None
+    seconds: float
+    known: float | None
+    note: str
+
+
+def build(name: str) -> PreTrainedModel:
+    """The tiny model of a type."""
+    sizes = {} if name in TINY else {key: value for key, value in SIZES.items() if key in tiny.known(name)}
+    return tiny.build("emu3_text_model" if name == "emu3" else name, **sizes)
+
+
+def measure(name: str, size: int) -> Found:
+    """Of a type on `size` ranks."""
+    warnings.simplefilter("ignore")
+    logging.set_verbosity_error()
+    try:
+        model = build(name)
+    except Exception as error:  # of any kind: transformers' configs check themselves in many ways
+        return Found(None, 0.0, None, f"is not built: {_first(error)}")
+    known = _known(model, size)
+    started = time.perf_counter()
+    try:
+        found = infer(model, size)
+    except Exception as error:
+        return Found(None, time.perf_counter() - started, known, _first(error))
+    taken = time.perf_counter() - started
+    return Found(body_share(model, found.plan), taken, known, "; ".join(f"{name}: {why}" for name, why in found.left.items()))
+
+
+def body_share(model: nn.Module, plan: Plan) -> float:
+    """The share of the body's elements that are cut."""
+    ends = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    head = model.get_output_embeddings()
+    ends |= {id(head.weight)} if head is not None else set()
+    names = {name for name, parameter in model.named_parameters() if id(parameter) not in ends}
+    body = [row for row in plan if not row.buffer and row.name in names]
+    return sum(prod(row.shape) for row in body if row.sharded) / max(sum(prod(row.shape) for row in body), 1)
+
+
+def _known(model: PreTrainedModel, size: int) -> float | None:
+    try:
+        return body_share(model, shardwise.plan(model, size))
+    except PlanError:
+        return None
+
+
+def _first(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
