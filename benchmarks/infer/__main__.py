@@ -80,11 +80,15 @@ def summary(results: dict[str, Found]) -> str:
 def page(results: dict[str, Found], facts: dict[str, object]) -> str:
     """The table."""
     rows = [
-        f"| {name} | {_share(found.share)} | {_share(found.known)} | {found.seconds:.1f} | {found.note.replace('|', '/')[:160]} |"
+        f"| {name} | {_share(found.share)} | {_share(found.known)} | {found.seconds:.1f} | {_short(found.note)} |"
         for name, found in results.items()
     ]
     head = ["| type | inferred | auto | s | stays whole |", "|---|---:|---:|---:|---|"]
     return "\n".join(["# Plans inferred for tiny models", "", str(facts), "", summary(results), "", *head, *rows, ""])
+
+
+def _short(note: str) -> str:
+    return note.replace("|", "/")[:160]
 
 
 def _share(share: float | None) -> str:

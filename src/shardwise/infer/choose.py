@@ -66,7 +66,8 @@ class Choice:
             plan, proof = self._one_by_one(families)
         if not proof:
             raise PlanError(f"{type(self.model).__name__}: its outputs differ between two calls: {proof.problem}.")
-        return Inference(plan, proof, dict(self.left))
+        cut = {wildcard(name) for row in plan if row.sharded for name in (row.name, row.name.rpartition(".")[0])}
+        return Inference(plan, proof, {name: why for name, why in self.left.items() if name not in cut})
 
     def _one_by_one(self, families: Mapping[Family, list[Proposal]]) -> tuple[Plan, Proof]:
         kept = [family for family, proposals in families.items() if self._passes(family, proposals)]

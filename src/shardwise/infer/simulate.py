@@ -77,7 +77,9 @@ class Reference:
     def of(cls, model: nn.Module, feeds: Sequence[Feed]) -> Reference:
         """Of a model that is not parallel, and is left as it was."""
         randomised = randomise(model)
-        return cls(randomised, tuple(feeds), *_measure(copy.deepcopy(randomised), feeds))
+        measured = _measure(randomised, feeds)
+        randomised.zero_grad()
+        return cls(randomised, tuple(feeds), *measured)
 
 
 def randomise(model: nn.Module) -> nn.Module:
@@ -98,14 +100,16 @@ def check(reference: Reference, plan: Plan) -> Proof:
     def on_rank() -> tuple[list[Tensor], dict[str, Tensor], dict[str, Tensor | None]]:
         mesh = init_device_mesh("cpu", (plan.size,), mesh_dim_names=("tp",))
         rank = mesh.get_local_rank()
-        model = copy.deepcopy(reference.model)
+        model = copy.deepcopy(reference.model, dict(shared))
 
         def shard(row: ShardSpec, tensor: Tensor) -> Tensor:
-            return row.layout.shard(tensor, rank, plan.size) if row.sharded else tensor
+            return row.layout.shard(tensor.detach(), rank, plan.size)
 
         apply_plan(model, ModelState(plan, mesh, mesh), shard)
         return _measure(model, reference.feeds)
 
+    # No rank needs a copy of what it takes its shards from.
+    shared = {id(tensor): tensor for tensor in (*reference.model.parameters(), *reference.model.buffers())}
     try:
         ranks = run_threads(on_rank, plan.size, timeout=TIMEOUT)
     except RankError as error:
