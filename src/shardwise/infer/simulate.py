@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ GRADIENTS = 1e-3
 """Relative to the largest of each parameter; a part that is not summed, or summed twice, is off by as much as itself."""
 TIMEOUT = 120.0
 _NOISE = 1e-4
+_HEAVY = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,13 @@ def randomise(model: nn.Module) -> nn.Module:
 
 def check(reference: Reference, plan: Plan) -> Proof:
     """Run `plan` on threads that are its ranks, and compare. What goes wrong is in the proof."""
+    proof = _run(reference, plan)
+    if sum(parameter.numel() for parameter in reference.model.parameters()) > _HEAVY:
+        gc.collect()  # a trial's modules and tracebacks hold each other, and its shards with them
+    return proof
 
+
+def _run(reference: Reference, plan: Plan) -> Proof:
     def on_rank() -> tuple[list[Tensor], dict[str, Tensor], dict[str, Tensor | None]]:
         mesh = init_device_mesh("cpu", (plan.size,), mesh_dim_names=("tp",))
         rank = mesh.get_local_rank()
@@ -112,13 +120,13 @@ def check(reference: Reference, plan: Plan) -> Proof:
     shared = {id(tensor): tensor for tensor in (*reference.model.parameters(), *reference.model.buffers())}
     try:
         ranks = run_threads(on_rank, plan.size, timeout=TIMEOUT)
+        return _compare(reference, plan, ranks)
     except RankError as error:
         cause = error.__cause__ or error
         said = (str(cause).splitlines() or [""])[0]
         return Proof.failed(plan.size, f"{type(cause).__name__}: {said}")
     except RankTimeoutError:
         return Proof.failed(plan.size, f"not done in {TIMEOUT:.0f} seconds")
-    return _compare(reference, plan, ranks)
 
 
 def _measure(model: nn.Module, feeds: Sequence[Feed]) -> tuple[list[Tensor], dict[str, Tensor], dict[str, Tensor | None]]:
