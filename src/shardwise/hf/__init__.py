@@ -40,8 +40,8 @@ __all__ = [
     "model_rules",
     "refuse_quantized",
     "resolve_model_class",
-    "save_adapter",
-    "unpacked_sequences",
     "sample_feeds",
+    "save_adapter",
     "specimen",
+    "unpacked_sequences",
 ]
