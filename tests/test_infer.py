@@ -118,6 +118,7 @@ def test_what_fails_the_proof_stays_whole_and_is_named():
     rule = found.plan["qkv.weight"].rule
     assert (rule.style, rule.source) == ("replicate", "inferred")
     assert "not enough values to unpack" in rule.reason
+    assert "inferred" in str(found.plan)
 
 
 class Chain(nn.Module):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _HEADINGS = ("style", "from", "full shape", "on rank 0", "MiB a rank", "cut")
 _TO_THE_RIGHT = ("full shape", "on rank 0", "MiB a rank")
-_FROM: Mapping[Source, str] = MappingProxyType({"model": "model", "user": "user", "shardwise": "ours"})
+_FROM: Mapping[Source, str] = MappingProxyType({"model": "model", "user": "user", "shardwise": "ours", "inferred": "inferred"})
 _WIDE = 112
 """Columns of a terminal from which on the table says how each tensor is cut, too."""
 
