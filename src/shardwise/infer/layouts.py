@@ -13,11 +13,12 @@ Run = tuple[int, int]
 """A component, and how many neighbouring indices it owns."""
 
 
-def cuts(sides: Sequence[Owners]) -> list[Cut] | None:
-    """How to cut each of several dims, so that a component lies on the same rank in all of them, whatever their number.
+def cuts(sides: Sequence[Owners], size: int) -> list[Cut] | None:
+    """How to cut each of several dims, so that a component lies on the same one of `size` ranks in all of them.
 
     Each dim is a row of blocks in which the components follow each other, each with as many indices. Blocks of some of the
-    components (four groups of four heads) are blocks everywhere. None where the indices don't lie so.
+    components (four groups of four heads) are blocks everywhere. None where the indices don't lie so, or a block has fewer
+    components than there are ranks.
     """
     runs = [_runs(owners) for owners in sides]
     starts = {run[0] for side in runs for run in _firsts(side)}
@@ -28,6 +29,8 @@ def cuts(sides: Sequence[Owners]) -> list[Cut] | None:
     dealt: set[tuple[Run, ...]] = {tuple((first, block.units) for first, block in side if first != EVERY) for side in found}
     every = max(dealt, key=lambda one: len(one), default=())
     if any(not set(one) <= set(every) for one in dealt):
+        return None
+    if any(block.problem(size) for side in found for _, block in side):
         return None
     return [_cut([block for _, block in side]) for side in found]
 

@@ -66,9 +66,9 @@ def propose(model: nn.Module, island: Island, size: int, elsewhere: Iterable[Pro
     if both := island.consumers.keys() & island.producers.keys():
         raise NotPossible(f"{next(iter(both)).weight} is read and reads in it")
     sides = [*island.producers.values(), *island.consumers.values(), *(owners for _, owners in island.sliced.values())]
-    found = cuts(sides)
+    found = cuts(sides, size)
     if found is None:
-        raise NotPossible("the indices of its parts lie in no order that blocks can tell")
+        raise NotPossible(f"the indices of its parts lie in no order that {size} ranks can share by blocks")
     cut_of = dict(zip((*island.producers, *island.consumers, *island.sliced), found, strict=True))
     targets = {product: _target(model, product) for product in island.products}
     reason = COMPUTED.format(island.count)

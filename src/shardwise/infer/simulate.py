@@ -188,6 +188,8 @@ def _compare(
     outputs, gradients, worst, problem = 0.0, 0.0, "", None
     largest = max((g.abs().max().item() for g in reference.gradients.values() if g is not None and g.numel()), default=0.0)
     for rank, (values, modules, found) in enumerate(ranks):
+        if len(values) != len(reference.outputs):
+            return Proof.failed(plan.size, f"rank {rank} returns {len(values)} outputs, not {len(reference.outputs)}")
         error = max((_error(a, e) for a, e in zip(values, reference.outputs, strict=True)), default=0.0)
         if not error < OUTPUTS and problem is None:
             problem = f"outputs on rank {rank} are off by {error:.1e}{_first_difference(modules, reference.modules)}"
