@@ -36,6 +36,7 @@ CONTENDERS = {
         Contender("floor", "floor: no communication", "floor"),
         Contender("by-hand", "floor, all-reduces written by hand", "by_hand"),
         Contender("shardwise", "shardwise", "ours"),
+        Contender("after-tracing", "shardwise, after a trace and a breakpoint", "traced"),
         Contender("shardwise-gloo", "shardwise over gloo", "ours", variables={"SHARDWISE_CPU_BACKEND": "gloo"}),
         Contender("transformers-5.14", "transformers 5.14.1 (hooks)", "hf", HOOKS, peer=True),
         Contender("transformers-5.23", "transformers 5.23.0 (DTensor)", "hf", DTENSOR, peer=True),

@@ -52,7 +52,7 @@ def test_a_trial_of_the_whole_program(tmp_path):
     result = Result.read("host-training", tmp_path)
     assert result is not None
     (contenders,) = result.cases.values()
-    assert list(contenders) == ["floor", "by-hand", "shardwise"]
+    assert list(contenders) == ["floor", "by-hand", "shardwise", "after-tracing"]
     for found in contenders.values():
         assert found.error == ""
         assert len(found.rounds["ms"]) == 2
