@@ -14,6 +14,7 @@ from torch import Tensor
 
 import shardwise
 from llamas import IDS, llama
+from models import config
 from on_ranks import world
 from shardwise.errors import MeshError, MismatchError, MissingRankError, ShardwiseError
 
@@ -181,6 +182,28 @@ def test_ranks_that_agree(backend, pool2, shm2):
         assert same
         assert plain == checked
         assert len(plain) > 8
+
+
+def _everything(name: str, folder: str, **how: object) -> int:
+    kind = shardwise.AutoModelForCausalLM
+    model = kind.from_config(config(name), tp_plan="auto", **how).train()
+    with shardwise.trace_collectives(check=True, timeout=60.0) as trace:
+        for _ in range(2):
+            model(input_ids=IDS, labels=IDS).loss.backward()
+        shardwise.clip_grad_norm_(model, 1.0)
+        shardwise.full_gradients(model)
+        model.save_pretrained(folder)
+        model = kind.from_pretrained(folder, tp_plan="auto", **how)
+        model.generate(IDS, max_new_tokens=2, do_sample=True)
+        dist.all_gather_object([None, None], "x" * (1 + dist.get_rank()))
+    return len(trace)
+
+
+@pytest.mark.parametrize(("name", "how"), [("llama", {}), ("mixtral", {"ep_size": 2})])
+def test_whatever_ranks_do_together(name, how, shm2, tmp_path):
+    """Guards: an alarm where all is well: uneven vocabularies, dealt experts, saving, loading, sampling."""
+    first, second = shm2.run(_everything, name, str(tmp_path), **how)
+    assert first == second > 60
 
 
 def test_without_a_process_group():
