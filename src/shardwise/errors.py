@@ -11,7 +11,7 @@ ShardwiseError
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class ShardwiseError(Exception):
@@ -58,3 +58,8 @@ def describe(headline: str, **facts: str | Iterable[str]) -> str:
         for index, text in enumerate(texts):
             lines.append(f"  {(name if index == 0 else ''):<{width}}  {text}".rstrip())
     return "\n".join(lines)
+
+
+def ranks_in_words(ranks: Sequence[int]) -> str:
+    """How messages name ranks: "rank 1", "ranks 0, 2"."""
+    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))

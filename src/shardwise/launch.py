@@ -17,7 +17,7 @@ from types import TracebackType
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but missing in __all__
 
-from shardwise.errors import MeshError, ShardwiseError, describe
+from shardwise.errors import MeshError, ShardwiseError, describe, ranks_in_words
 
 UNMET = 3
 """Exit code of a rank that ran to its end and whose answer is no. Any other code but 0 means that the rank failed."""
@@ -40,6 +40,11 @@ class WorkerError(ShardwiseError, RuntimeError):
 def launched() -> bool:
     """Whether this process is one rank of several already: torchrun, or `run_as_ranks`, has set the variables."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def asked_size(size: int | None) -> int:
+    """Ranks of a command: `size`, or without it, as many as torchrun has started, or 2."""
+    return size if size is not None else int(os.environ.get("WORLD_SIZE", "2"))
 
 
 def check_size(size: int) -> None:
@@ -159,9 +164,9 @@ class Workers:
         rank = next((rank for rank in failed if not any(echo in said[rank] for echo in _ECHOES)), failed[0])
         lines = [f"rank {rank} of {self._size} {_end_of(self._workers[rank].process.returncode)}"]
         if others := sorted(set(failed) - {rank}):
-            lines.append(f"  {_ranks(others)} failed too, later or because of it")
+            lines.append(f"  {ranks_in_words(others)} failed too, later or because of it")
         if running:
-            lines.append(f"  {_ranks(running)} did not finish")
+            lines.append(f"  {ranks_in_words(running)} did not finish")
         return WorkerError("\n".join([*lines, f"--- rank {rank} ---", said[rank]]), rank)
 
     def _late(self, running: list[int], timeout: float) -> WorkerError:
@@ -169,7 +174,7 @@ class Workers:
             self._workers[rank].process.send_signal(SIGABRT)  # faulthandler writes where every thread stands
         for rank in running:
             self._wait(rank)
-        lines = [f"{_ranks(running)} of {self._size} did not end within {timeout:g} s"]
+        lines = [f"{ranks_in_words(running)} of {self._size} did not end within {timeout:g} s"]
         for rank in running:
             lines += [f"--- rank {rank} ---", self._said(rank)]
         return WorkerError("\n".join(lines), running[0])
@@ -198,7 +203,3 @@ class Workers:
 
 def _end_of(code: int) -> str:
     return f"was killed by {Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))

@@ -80,6 +80,19 @@ def cut(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
     return shorter
 
 
+def dtype_named(name: str) -> torch.dtype:
+    """torch's dtype of this name. Raises `ShardwiseError` where there is none."""
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ShardwiseError(describe(f"dtype {name}: there is none of that name.", known="float32, bfloat16, float16"))
+    return dtype
+
+
+def positions(config: PreTrainedConfig, most: int) -> int:
+    """`most` tokens, or as many as the model has positions for."""
+    return min(most, getattr(config.get_text_config(), "max_position_embeddings", None) or most)
+
+
 def find_config(model: str) -> PreTrainedConfig:
     """The config of a directory, a model type (its default sizes) or a hub id. Raises `ShardwiseError` where there is none."""
     if _is_type(model):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +10,7 @@ import typer
 from shardwise.cli.app import app
 from shardwise.demo.run import start
 from shardwise.demo.settings import Settings
+from shardwise.launch import asked_size
 from shardwise.quiet import quiet
 
 
@@ -31,7 +31,6 @@ def demo(
 
     It starts its own ranks (or uses torchrun's), on CPUs, and needs no network. Exit code 0 only when every check holds.
     """
-    size = tp if tp is not None else int(os.environ.get("WORLD_SIZE", "2"))
     with quiet():
-        code = start(Settings(size, steps, output, seed, text, fast))
+        code = start(Settings(asked_size(tp), steps, output, seed, text, fast))
     raise typer.Exit(code)

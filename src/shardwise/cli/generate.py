@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Annotated
 
@@ -10,6 +9,7 @@ import typer
 
 from shardwise.cli.app import app
 from shardwise.errors import ShardwiseError
+from shardwise.launch import asked_size
 from shardwise.prompt.request import Request
 from shardwise.prompt.run import start
 from shardwise.quiet import quiet
@@ -32,11 +32,10 @@ def generate(
     ] = False,
 ) -> None:
     """Continue a text with a model on several ranks, written as it comes. The tokens are those of one process."""
-    size = tp if tp is not None else int(os.environ.get("WORLD_SIZE", "2"))
     text = sys.stdin.read() if prompt == "-" else prompt
     tokens = _tokens(ids)
     with quiet():
-        start(Request(model, size, text, tokens, new_tokens, temperature, seed, dtype, chat, random, layers))
+        start(Request(model, asked_size(tp), text, tokens, new_tokens, temperature, seed, dtype, chat, random, layers))
 
 
 def _tokens(ids: str | None) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ from shardwise.estimate import Comparison, Estimate, compare, estimate, show
 from shardwise.plan import Plan
 from shardwise.plan import show as plan_show
 from shardwise.quiet import quiet
-from shardwise.subject import find_config
+from shardwise.subject import find_config, positions
 
 
 class OptimizerChoice(str, Enum):
@@ -79,7 +79,7 @@ def plan(
         config = find_config(model)
         options = {
             "batch": batch,
-            "sequence": sequence or longest(config),
+            "sequence": sequence or positions(config, most=2048),
             "training": not inference,
             "optimizer": optimizer.value,
             "dtype": getattr(torch, dtype.value) if dtype else None,
@@ -127,8 +127,3 @@ def _find(
     except SimulationError as error:
         console.print(f"{error}\n\nThe table of rules needs no simulation:\n", markup=False)
         return shardwise.plan(config, tp, rules, ep_size=ep)
-
-
-def longest(config: PreTrainedConfig) -> int:
-    """2048 tokens, or as many as the model has positions for."""
-    return min(2048, getattr(config.get_text_config(), "max_position_embeddings", None) or 2048)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +10,7 @@ from rich.console import Console
 
 import shardwise
 from shardwise.cli.app import app
+from shardwise.launch import asked_size
 from shardwise.profiling import show
 from shardwise.quiet import quiet
 
@@ -39,11 +39,10 @@ def profile(
     It starts its own ranks, or uses torchrun's.
     """
     console = Console(highlight=False)
-    size = tp if tp is not None else int(os.environ.get("WORLD_SIZE", "2"))
     with quiet():
         result = shardwise.profile(
             model,
-            tp=size,
+            tp=asked_size(tp),
             compile=compile,
             against=[name.strip() for name in against.split(",") if name.strip()],
             random=random,

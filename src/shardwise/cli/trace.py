@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +9,7 @@ import typer
 
 from shardwise.cli.app import app
 from shardwise.cli.rules import read_rules
+from shardwise.launch import asked_size
 from shardwise.quiet import quiet
 from shardwise.tracing.run import start
 from shardwise.tracing.settings import Settings
@@ -39,9 +39,8 @@ def trace(
 
     Exit code 0 only when all ranks do the same, and with --against what was done before.
     """
-    size = tp if tp is not None else int(os.environ.get("WORLD_SIZE", "2"))
     files = [str(file) if file is not None else None for file in (json_file, html, against)]
     rules = read_rules(plan)
     with quiet():
-        code = start(Settings(model, size, rules, mode, compile, check, batch, sequence, random, layers, *files))
+        code = start(Settings(model, asked_size(tp), rules, mode, compile, check, batch, sequence, random, layers, *files))
     raise typer.Exit(code)

@@ -16,7 +16,7 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # publi
 from shardwise.debug.operators import Call
 from shardwise.debug.record import Collective
 from shardwise.debug.standing import Standing, stack_lines
-from shardwise.errors import MeshError, MismatchError, MissingRankError, describe
+from shardwise.errors import MeshError, MismatchError, MissingRankError, describe, ranks_in_words
 from shardwise.rendezvous import meet_ranks
 
 _ANSWER_SECONDS = 5.0
@@ -37,6 +37,9 @@ class _Turn:
     @property
     def group(self) -> str:
         return _name(self.ranks)
+
+    def __str__(self) -> str:
+        return f"collective {self.number} of {ranks_in_words(self.ranks)}"
 
     @property
     def digest(self) -> str:
@@ -163,12 +166,12 @@ class Agreement:
         said: dict[str, list[int]] = {}
         for rank in turn.ranks:
             said.setdefault(self._answer(f"details/{turn.group}/{rank}") or "(it did not say)", []).append(rank)
-        facts = {_ranks(ranks): text.splitlines() for text, ranks in said.items()}
+        facts = {ranks_in_words(ranks): text.splitlines() for text, ranks in said.items()}
         return MismatchError(
             describe(
-                f"The ranks part at collective {turn.number} of {_ranks(turn.ranks)}: they are about to make different ones.",
+                f"The ranks part at {turn}: they are about to make different ones.",
                 **facts,
-                before=str(self._last.get(turn.group, "nothing: it is the first of the block")),
+                before=self._before(turn),
                 why="the n-th collective of a group has to be the same on all of its ranks; none of them has begun it",
             )
         )
@@ -179,10 +182,10 @@ class Agreement:
         stands = {f"rank {rank}": (self._answer(f"stands/{rank}") or _SILENT).splitlines() for rank in late}
         return MissingRankError(
             describe(
-                f"{_ranks(late)} did not come to collective {turn.number} of {_ranks(turn.ranks)} within {self._timeout:g} s.",
-                waiting=f"{_ranks([r for r in turn.ranks if r not in late])}: {turn.found}",
+                f"{ranks_in_words(late)} did not come to {turn} within {self._timeout:g} s.",
+                waiting=f"{ranks_in_words([r for r in turn.ranks if r not in late])}: {turn.found}",
                 **stands,
-                before=str(self._last.get(turn.group, "nothing: it is the first of the block")),
+                before=self._before(turn),
                 either=["see why it is there, or does not answer, or", "if it is only late, give it more time: timeout=..."],
             )
         )
@@ -191,9 +194,9 @@ class Agreement:
         left = self._store.get(f"left/{rank}").decode()
         return MissingRankError(
             describe(
-                f"rank {rank} will not come to collective {turn.number} of {_ranks(turn.ranks)}: it {left}.",
+                f"rank {rank} will not come to {turn}: it {left}.",
                 waiting=f"rank {self._rank}: {turn.found}",
-                before=str(self._last.get(turn.group, "nothing: it is the first of the block")),
+                before=self._before(turn),
             )
         )
 
@@ -202,12 +205,15 @@ class Agreement:
             describe(
                 f"rank {self._rank} and rank {rank} wait for each other, in collectives of different groups.",
                 **{
-                    f"rank {self._rank}": f"collective {turn.number} of {_ranks(turn.ranks)}: {turn.found}",
-                    f"rank {rank}": f"collective {other['number']} of {_ranks(other['ranks'])}: {other['what']}",
+                    f"rank {self._rank}": f"{turn}: {turn.found}",
+                    f"rank {rank}": f"collective {other['number']} of {ranks_in_words(other['ranks'])}: {other['what']}",
                 },
                 why="ranks that share several groups have to go through their collectives in the same order",
             )
         )
+
+    def _before(self, turn: _Turn) -> str:
+        return str(self._last.get(turn.group, "nothing: it is the first of the block"))
 
     def _answer(self, key: str) -> str | None:
         deadline = time.monotonic() + _ANSWER_SECONDS
@@ -224,7 +230,3 @@ _SILENT = "does not answer: its process has ended or is stopped"
 def _name(ranks: Sequence[int]) -> str:
     """Of a group by its ranks: what c10d calls it may differ between them."""
     return "-".join(map(str, ranks))
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))

@@ -10,12 +10,10 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
-from transformers import PreTrainedConfig
 
 import shardwise
-from shardwise.errors import MeshError, ShardwiseError, describe
+from shardwise.errors import MeshError
 from shardwise.launch import check_size, launched, run_as_ranks
 from shardwise.mesh import tp_mesh
 from shardwise.profiling.contenders import check_peers
@@ -23,7 +21,7 @@ from shardwise.profiling.rank import Say
 from shardwise.profiling.rank import run as run_rank
 from shardwise.profiling.result import Comparison
 from shardwise.profiling.settings import Settings
-from shardwise.subject import Subject, find
+from shardwise.subject import Subject, dtype_named, find, positions
 
 _SECONDS = 3600.0
 
@@ -75,8 +73,7 @@ def profile(
     subject = find(os.fspath(model), random=random, layers=layers)
     plan = shardwise.plan(subject.config, tp)
     dtype = dtype or _own_dtype(subject)
-    if not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ShardwiseError(describe(f"dtype {dtype}: there is none of that name.", known="float32, bfloat16, float16"))
+    dtype_named(dtype)
     where = Path(output).resolve()
     with nullcontext() if launched() else tempfile.TemporaryDirectory(prefix="shardwise-") as scratch:
         work = Path(scratch) if scratch is not None else where / "work"
@@ -90,7 +87,7 @@ def profile(
             mode=mode,
             dtype=dtype,
             batch=batch,
-            sequence=sequence or _positions(subject.config),
+            sequence=sequence or positions(subject.config, most=512),
             warmup=warmup,
             steps=steps,
             stacks=stacks,
@@ -100,7 +97,7 @@ def profile(
 
 
 def _on_own_ranks(settings: Settings, subject: Subject, work: Path, show: bool) -> Comparison:
-    subject.make(work, getattr(torch, settings.dtype))
+    subject.make(work, dtype_named(settings.dtype))
     command = [sys.executable, "-m", "shardwise.profiling", settings.to_json()]
     run_as_ranks(command, settings.tp, timeout=_SECONDS, show=show)
     result = Comparison.read(settings)
@@ -110,7 +107,7 @@ def _on_own_ranks(settings: Settings, subject: Subject, work: Path, show: bool) 
 
 def _in_torchrun(settings: Settings, subject: Subject, work: Path) -> Comparison | None:
     if int(os.environ["RANK"]) == 0:
-        subject.make(work, getattr(torch, settings.dtype))
+        subject.make(work, dtype_named(settings.dtype))
     one_rank(settings)
     if dist.get_rank():
         return None
@@ -134,7 +131,3 @@ def one_rank(settings: Settings, say: Say = lambda words: None) -> None:
 def _own_dtype(subject: Subject) -> str:
     own = subject.config.dtype if subject.path is not None else None
     return str(own).removeprefix("torch.") if own is not None else "float32"
-
-
-def _positions(config: PreTrainedConfig) -> int:
-    return min(512, getattr(config.get_text_config(), "max_position_embeddings", None) or 512)

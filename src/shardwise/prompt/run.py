@@ -6,7 +6,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import typer
@@ -16,7 +16,7 @@ import shardwise
 from shardwise.errors import ShardwiseError, describe
 from shardwise.launch import check_size, launched, run_as_ranks
 from shardwise.prompt.request import Request
-from shardwise.subject import Subject, find
+from shardwise.subject import Subject, dtype_named, find
 
 _SECONDS = 24 * 3600.0
 
@@ -28,7 +28,7 @@ def start(request: Request) -> None:
     failed.
     """
     subject = find(request.model, random=request.random, layers=request.layers)
-    _dtype(request.dtype)
+    _dtype(request)
     read_ids(request, subject)
     shardwise.plan(subject.config, request.tp)
     if not launched():
@@ -45,7 +45,7 @@ def run(request: Request) -> None:
     ids, tokenizer = read_ids(request, subject)
     with tempfile.TemporaryDirectory(prefix="shardwise-") as folder:
         model: Any = shardwise.AutoModelForCausalLM.from_pretrained(
-            subject.make(Path(folder)), dtype=_dtype(request.dtype), tp_plan="auto", tp_size=request.tp
+            subject.make(Path(folder)), dtype=_dtype(request), tp_plan="auto", tp_size=request.tp
         )
     torch.manual_seed(request.seed)
     first = int(os.environ["RANK"]) == 0
@@ -94,8 +94,5 @@ def _tokenizer(model: str) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def _dtype(name: str | None) -> Any:
-    dtype = getattr(torch, name, None) if name else "auto"
-    if dtype != "auto" and not isinstance(dtype, torch.dtype):
-        raise ShardwiseError(describe(f"--dtype {name}: there is none of that name.", known="float32, bfloat16, float16"))
-    return dtype
+def _dtype(request: Request) -> torch.dtype | Literal["auto"]:
+    return dtype_named(request.dtype) if request.dtype is not None else "auto"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from shardwise.errors import ShardwiseError
+from shardwise.errors import ShardwiseError, ranks_in_words
 
 # What the remaining ranks are told when another one is gone: a consequence, never the cause. (gloo, shm, nccl, threads)
 _ECHOES = (
@@ -80,9 +80,9 @@ def rank_error(failures: Mapping[int, Failure], size: int, silent: Sequence[int]
     lines = [f"rank {rank} of {size} {first.headline}"]
     others = sorted(failures.keys() - {rank})
     if others:
-        lines.append(f"  {_ranks(others)} failed too, later or because of it")
+        lines.append(f"  {ranks_in_words(others)} failed too, later or because of it")
     if silent:
-        lines.append(f"  {_ranks(silent)} did not finish")
+        lines.append(f"  {ranks_in_words(silent)} did not finish")
     if first.text:
         lines += [f"--- rank {rank} ---", first.text]
     error = RankError("\n".join(lines), rank)
@@ -93,7 +93,7 @@ def rank_error(failures: Mapping[int, Failure], size: int, silent: Sequence[int]
 def timeout_error(stacks: Mapping[int, str], size: int, timeout: float) -> RankTimeoutError:
     """The error to raise for ranks that hang; `stacks` says by rank where each of them stands."""
     ranks = sorted(stacks)
-    lines = [f"{_ranks(ranks)} of {size} did not answer within {timeout:g} s"]
+    lines = [f"{ranks_in_words(ranks)} of {size} did not answer within {timeout:g} s"]
     for rank in ranks:
         lines += [f"--- rank {rank} ---", callers_stack(stacks[rank]).rstrip()]
     return RankTimeoutError("\n".join(lines), ranks)
@@ -119,7 +119,3 @@ def _callers_part(frames: TracebackType | None) -> TracebackType | None:
     while rest is not None and rest.tb_frame.f_code.co_filename.startswith(_HERE):
         rest = rest.tb_next
     return rest or frames
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(str(rank) for rank in ranks)
