@@ -244,7 +244,7 @@ def embed(model: nn.Module, tokens: dict[str, Tensor]) -> Tensor:
     return nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
 
 
-def embed_sharded(path: Path, tokens: dict[str, Tensor], plan: str | Plan = "infer", size: int = 2) -> tuple[Tensor, int]:
+def embed_sharded(path: Path, tokens: dict[str, Tensor], plan: str | Plan = "auto", size: int = 2) -> tuple[Tensor, int]:
     """On a rank: the embeddings, and bytes that this rank holds."""
     mesh = init_device_mesh("cpu", (size,), mesh_dim_names=("tp",))
     model = shardwise.AutoModel.from_pretrained(path, tp_plan=plan, device_mesh=mesh)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from shardwise.adapters import adapted_model
 from shardwise.coverage import check_coverage
@@ -21,7 +21,7 @@ from shardwise.hf import (
     hidden_states_are_recorded,
     model_rules,
 )
-from shardwise.infer import infer_plan
+from shardwise.infer import infer_plan, plan_unknown
 from shardwise.layers import ColwiseParallel, Stream
 from shardwise.layers.registry import style_named
 from shardwise.mesh import expert_axis, local_device, tp_mesh
@@ -58,9 +58,9 @@ def make_plan(
         model_or_config: a model (its tensors may be on meta), or a transformers config, of which the model is built on meta:
             the causal LM, or the model around one that reads images or sounds.
         tp_size: ranks on the tp axis.
-        plan: `"auto"` for the model's own plan with our corrections; `"infer"` for one that is found from what the model
-            computes, and proven (see `shardwise.infer_plan`); a dict of pattern: style, merged over the model's own; or a
-            `Plan`.
+        plan: `"auto"` for the model's own plan with our corrections, or `"infer"` where there is none; `"infer"` for one that
+            is found from what the model computes, and proven (see `shardwise.infer_plan`); a dict of pattern: style, merged
+            over the model's own; or a `Plan`.
         ep_size: ranks over which experts are dealt: `tp_size`, or a multiple of it; None to split every expert instead.
 
     Raises `PlanError` where it can't be done, naming the module, the numbers and the rule.
@@ -77,7 +77,10 @@ def make_plan(
         return infer_plan(model, tp_size)
     rules = _user_rules(model, plan)
     _check_experts(model, tp_size, ep_size, rules)
-    rules = [*model_rules(model, tp_size, expert_parallel=ep_size is not None), *rules]
+    brought = model_rules(model, tp_size, expert_parallel=ep_size is not None)
+    if plan == "auto" and not brought and tp_size > 1 and ep_size is None and isinstance(model, PreTrainedModel):
+        return plan_unknown(model, tp_size)
+    rules = [*brought, *rules]
     if tp_size == 1:
         rules = [rule for rule in rules if rule.source == "user" or style_named(rule.style, str(rule)).axis == "ep"]
     table = resolve(model, rules, tp_size, ep_size)

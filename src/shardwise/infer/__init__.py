@@ -8,11 +8,13 @@
 | `layouts`, `proposals`, `ends` | components as blocks, islands as rules, and the vocabulary |
 | `simulate`, `search`, `choose` | every rank on a thread; what modules need besides cut weights; what passes |
 | `plan`, `prove`, `subject` | what is called, and what plans are tried out on |
+| `unknown` | what `tp_plan="auto"` does of a model without a plan |
 """
 
 from shardwise.infer.choose import Inference
 from shardwise.infer.plan import infer, infer_plan
 from shardwise.infer.prove import prove
 from shardwise.infer.simulate import Proof
+from shardwise.infer.unknown import plan_unknown
 
-__all__ = ["Inference", "Proof", "infer", "infer_plan", "prove"]
+__all__ = ["Inference", "Proof", "infer", "infer_plan", "plan_unknown", "prove"]
