@@ -57,7 +57,7 @@ A prefill into a KV cache in place of a training step:
 | `--sequence-parallel` | each rank keeps its slice of the sequence between attention and MLP |
 | `--device` | whose attention kernels and optimizer, `cpu` or `cuda`: this machine's; either can be asked for anywhere |
 | `--ep` | ranks to which whole experts are dealt |
-| `--plan` | a JSON file of rules, merged over the model's own plan |
+| `--plan` | `auto`; `infer`: found from what the model computes, and proven; or a JSON file of rules, merged over `auto`'s |
 
 ## From Python
 

@@ -30,6 +30,7 @@ OPTIONS = {
         "--chat",
         "--layers",
         "--random",
+        "--plan",
         "--help",
     },
     ("plan",): {
@@ -44,6 +45,7 @@ OPTIONS = {
         "--device",
         "--ep",
         "--plan",
+        "--prove",
         "--html",
         "--help",
     },
@@ -157,6 +159,22 @@ def test_plan_with_options(
     rules.write_text("[1]", encoding="utf-8")
     assert run(monkeypatch, "plan", tiny, "--tp", 2, "--plan", rules) == 1
     assert "a JSON object of patterns and styles" in capsys.readouterr().err
+
+
+def test_plan_inferred_and_proven(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards: `--plan infer` that is taken for a file; a proof that passes everything, or leaves with 0 all the same."""
+    assert run(monkeypatch, "plan", tiny, "--tp", 2, "--plan", "infer", "--prove") == 0
+    shown = capsys.readouterr().out
+    assert "inferred" in shown
+    assert "proven  tp=2: outputs within" in shown
+    rules = tmp_path / "rules.json"
+    rules.write_text('{"layers.*.mlp.down_proj": "rowwise_split_input"}', encoding="utf-8")
+    assert run(monkeypatch, "plan", tiny, "--tp", 2, "--plan", rules, "--prove") == 1
+    assert "The plan is wrong" in capsys.readouterr().err
+    assert run(monkeypatch, "plan", tiny, "--tp", 2, "--plan", tmp_path / "other.json") == 1
+    assert "there is no such file" in capsys.readouterr().err
 
 
 def test_plan_of_what_cannot_be_simulated(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

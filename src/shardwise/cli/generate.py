@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from shardwise.cli.app import app
+from shardwise.cli.rules import HELP, read_rules
 from shardwise.errors import ShardwiseError
 from shardwise.launch import asked_size
 from shardwise.prompt.request import Request
@@ -26,6 +27,7 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, help="Of sampling.")] = 0,
     dtype: Annotated[str | None, typer.Option(help="Of the weights, as bfloat16; by default the checkpoint's own.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
+    plan: Annotated[str, typer.Option(help=HELP)] = "auto",
     layers: Annotated[int | None, typer.Option(min=1, help="Keep this many layers, with random weights.")] = None,
     random: Annotated[
         bool, typer.Option("--random", help="Random weights: of a model type its tiny model, else the model's own sizes.")
@@ -33,9 +35,9 @@ def generate(
 ) -> None:
     """Continue a text with a model on several ranks, written as it comes. The tokens are those of one process."""
     text = sys.stdin.read() if prompt == "-" else prompt
-    tokens = _tokens(ids)
+    tokens, rules = _tokens(ids), read_rules(plan)
     with quiet():
-        start(Request(model, asked_size(tp), text, tokens, new_tokens, temperature, seed, dtype, chat, random, layers))
+        start(Request(model, asked_size(tp), text, tokens, new_tokens, temperature, seed, dtype, chat, random, layers, rules))
 
 
 def _tokens(ids: str | None) -> tuple[int, ...]:

@@ -15,9 +15,10 @@ from transformers import PreTrainedConfig
 import shardwise
 from shardwise.api import PlanLike
 from shardwise.cli.app import app
-from shardwise.cli.rules import read_rules
+from shardwise.cli.rules import HELP, read_rules
 from shardwise.errors import SimulationError
 from shardwise.estimate import Comparison, Estimate, compare, estimate, show
+from shardwise.hf import build_on_meta
 from shardwise.plan import Plan
 from shardwise.plan import show as plan_show
 from shardwise.quiet import quiet
@@ -66,10 +67,10 @@ def plan(
         DeviceChoice | None, typer.Option(help="Whose attention kernels and optimizer: this machine's, or the other.")
     ] = None,
     ep: Annotated[int | None, typer.Option(min=1, help="Ranks to which whole experts are dealt.")] = None,
-    rules: Annotated[
-        Path | None,
-        typer.Option("--plan", exists=True, dir_okay=False, help='JSON of {"layers.*.mlp.up_proj": "colwise", ...}.'),
-    ] = None,
+    rules: Annotated[str, typer.Option("--plan", help=HELP)] = "auto",
+    prove: Annotated[
+        bool, typer.Option("--prove", help="Show on simulated ranks that the plan computes what the model does.")
+    ] = False,
     html: Annotated[Path | None, typer.Option(dir_okay=False, help="Write all of it as a web page, too.")] = None,
 ) -> None:
     """What each rank will hold and send, before any weight is read."""
@@ -92,13 +93,25 @@ def plan(
             found: Comparison | Estimate | Plan = compare(config, sizes, given, ep_size=ep, **options)
         else:
             found = _find(config, sizes[0], given, ep, options, console)
-    for part in _parts(found, console):
+        proofs = [_proof(config, size, given, ep) for size in sizes if prove and size > 1]
+    for part in (*_parts(found, console), *proofs):
         console.print(part)
     if html is not None:
         html.write_text(found.to_html(), encoding="utf-8")
         console.print(f"\nWritten to {html}.", markup=False)
     if isinstance(found, Comparison) and not found.possible:
         raise typer.Exit(1)
+
+
+def _proof(config: PreTrainedConfig, tp: int, rules: PlanLike, ep: int | None) -> str:
+    """What the proof of a plan found, in words. Raises `PlanError` for a plan that is wrong, with the module and the figure."""
+    model = build_on_meta(config)
+    proof = shardwise.prove(shardwise.plan(model, tp, rules, ep_size=ep), model)
+    worst = f" ({proof.worst})" if proof.worst else ""
+    return (
+        f"\nproven  tp={tp}: outputs within {proof.outputs:.1e} of one process, gradients within {proof.gradients:.1e}{worst}, "
+        "on simulated ranks with random weights"
+    )
 
 
 def _parts(found: Comparison | Estimate | Plan, console: Console) -> list[RenderableType]:

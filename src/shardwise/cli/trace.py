@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from shardwise.cli.app import app
-from shardwise.cli.rules import read_rules
+from shardwise.cli.rules import HELP, read_rules
 from shardwise.launch import asked_size
 from shardwise.quiet import quiet
 from shardwise.tracing.run import start
@@ -22,9 +22,7 @@ def trace(
     mode: Annotated[str, typer.Option(help="training, forward, or decode.")] = "training",
     compile: Annotated[bool, typer.Option("--compile", help="Through torch.compile.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Compare the ranks before each collective.")] = False,
-    plan: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="JSON: pattern to style, merged over the model's plan.")
-    ] = None,
+    plan: Annotated[str, typer.Option(help=HELP)] = "auto",
     batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
     sequence: Annotated[int, typer.Option(min=2, help="Tokens in each.")] = 16,
     layers: Annotated[int | None, typer.Option(min=1, help="Keep this many layers, with random weights.")] = None,

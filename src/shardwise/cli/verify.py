@@ -12,7 +12,7 @@ from rich.console import Console
 
 import shardwise
 from shardwise.cli.app import app
-from shardwise.cli.rules import read_rules
+from shardwise.cli.rules import HELP, read_rules
 from shardwise.verify.settings import DTYPES
 from shardwise.verify.show import WIDTH, renderable
 
@@ -28,9 +28,7 @@ def verify(
     random: Annotated[
         bool, typer.Option("--random", help="Random weights: of a model type its tiny model, else the model's own sizes.")
     ] = False,
-    plan: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="JSON: pattern to style, merged over the model's plan.")
-    ] = None,
+    plan: Annotated[str, typer.Option(help=HELP)] = "auto",
     imports: Annotated[
         list[str] | None, typer.Option("--import", help="A module or a .py file that registers styles of yours.")
     ] = None,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from shardwise.plan.table import Plan
-    from shardwise.spec import ShardSpec
+    from shardwise.spec import ShardSpec, Source
 
 FULL_SHARE = 1.05
 """A rank that holds more than this many times its part of the model is worth a word."""
@@ -41,11 +42,21 @@ def _whole(plan: Plan) -> Iterator[str]:
         yield f"{len(rest)} more are whole on every rank: {sum(sizes[name] for name in rest) / 2**20:,.2f} MiB together."
 
 
+_BY: Mapping[Source, str] = MappingProxyType(
+    {
+        "model": "by a rule of the model",
+        "user": "by a rule of the user",
+        "shardwise": "by a rule of shardwise",
+        "inferred": "as inferred",
+    }
+)
+
+
 def _why(rows: Sequence[ShardSpec]) -> str:
     rule = rows[0].rule
     if rule is None:
         return ", no rule names it"
-    return f" by {'a rule of the ' + rule.source if rule.source != 'shardwise' else 'a rule of shardwise'} ({rule.style})"
+    return f" {_BY[rule.source]} ({rule.style})"
 
 
 def _kept_by_several(plan: Plan) -> Iterator[str]:

@@ -21,6 +21,7 @@ class Request:
         dtype: of the weights; None for the checkpoint's own.
         chat: put the prompt into the tokenizer's chat template, as what the user says.
         random, layers: as in `shardwise.subject.find`.
+        plan: "auto", "infer", or rules that are merged over the model's own.
     """
 
     model: str
@@ -34,6 +35,7 @@ class Request:
     chat: bool = False
     random: bool = False
     layers: int | None = None
+    plan: str | dict[str, str] = "auto"
 
     def to_json(self) -> str:
         """For a rank that is started."""

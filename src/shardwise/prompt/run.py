@@ -30,7 +30,7 @@ def start(request: Request) -> None:
     subject = find(request.model, random=request.random, layers=request.layers)
     _dtype(request)
     read_ids(request, subject)
-    shardwise.plan(subject.config, request.tp)
+    shardwise.plan(subject.config, request.tp, request.plan)
     if not launched():
         command = [sys.executable, "-m", "shardwise.prompt", request.to_json()]
         run_as_ranks(command, request.tp, timeout=_SECONDS)
@@ -45,7 +45,7 @@ def run(request: Request) -> None:
     ids, tokenizer = read_ids(request, subject)
     with tempfile.TemporaryDirectory(prefix="shardwise-") as folder:
         model: Any = shardwise.AutoModelForCausalLM.from_pretrained(
-            subject.make(Path(folder)), dtype=_dtype(request), tp_plan="auto", tp_size=request.tp
+            subject.make(Path(folder)), dtype=_dtype(request), tp_plan=request.plan, tp_size=request.tp
         )
     torch.manual_seed(request.seed)
     first = int(os.environ["RANK"]) == 0

@@ -16,7 +16,7 @@ class Settings:
     Attributes:
         model: a directory, a hub id, or with `random` a model type.
         tp: ranks.
-        plan: "auto", or rules that are merged over the model's own.
+        plan: "auto", "infer", or rules that are merged over the model's own.
         mode: of `shardwise.steps.MODES`.
         compile: through `torch.compile`.
         check: the ranks are compared before each collective.

@@ -9,6 +9,7 @@ from torch import Tensor
 from shardwise.api import make_plan
 from shardwise.hf import build_on_meta
 from shardwise.plan import Plan
+from shardwise.spec import ModuleSpec, ShardSpec
 from shardwise.verify.arrange import Same
 from shardwise.verify.checks import Findings, make_checks, measure_ranks, saved_by_ranks
 from shardwise.verify.compare import saved_tensor
@@ -58,8 +59,6 @@ def _facts(settings: Settings) -> list[tuple[str, str]]:
     layers = f", {settings.layers} layers" if settings.layers is not None else ""
     experts = f", experts dealt to {settings.ep}" if settings.ep is not None else ""
     extra = [word for word, on in (("compiled", settings.compiled), ("sequence-parallel", settings.sequence_parallel)) if on]
-    rules = settings.plan if isinstance(settings.plan, dict) else {}
-    plan = "the model's own, with shardwise's corrections" + (f", and of yours: {len(rules)}" if rules else "")
     inputs = (
         "yours"
         if settings.inputs
@@ -68,7 +67,7 @@ def _facts(settings: Settings) -> list[tuple[str, str]]:
     return [
         ("model", f"{subject.config.model_type}{layers}{random}, {settings.dtype}"),
         ("ranks", ", ".join([f"tp={settings.tp}{experts}", *extra])),
-        ("plan", plan),
+        ("plan", _whose(_plan(settings))),
         ("inputs", f"{inputs}; dropout off"),
     ]
 
@@ -149,6 +148,19 @@ def _saved(settings: Settings, keys: list[str]) -> Culprit:
         hypotheses=tuple(made),
         note=f"{len(keys)} keys differ: {', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''}.",
     )
+
+
+def _whose(plan: Plan) -> str:
+    """Who wrote the rules, and how many of them hold."""
+    rows: list[ModuleSpec | ShardSpec] = [*plan.tensors, *plan.modules]
+    sources = [rule.source for rule in {id(row.rule): row.rule for row in rows if row.rule is not None}.values()]
+    named = {
+        "model": "the model's own",
+        "shardwise": "shardwise's corrections",
+        "inferred": "inferred from what the model computes",
+        "user": "yours",
+    }
+    return ", ".join(f"{words}: {sources.count(source)}" for source, words in named.items() if source in sources)
 
 
 def _plan(settings: Settings) -> Plan:

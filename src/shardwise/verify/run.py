@@ -68,7 +68,7 @@ def verify(
     Args:
         model: a directory, a hub id, with `random` a model type; or an ordinary transformers model in memory.
         tp_size: ranks on the tp axis; by default those of torchrun, else 2.
-        tp_plan: `"auto"`, or a dict of pattern: style, merged over the model's own plan.
+        tp_plan: `"auto"`, `"infer"`, or a dict of pattern: style, merged over the model's own plan.
         ep_size: ranks to which experts are dealt.
         dtype: of weights and activations. In less than float32, bounds are multiples of one process's own rounding error.
         compile: the ranks train through `torch.compile`.

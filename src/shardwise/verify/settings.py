@@ -22,7 +22,7 @@ class Settings:
     Args:
         model, random, layers: what `shardwise.subject.find` takes.
         tp, ep: ranks on the tp axis, and those to which experts are dealt; None to split every expert.
-        plan: `"auto"`, or rules that are merged over the model's own plan.
+        plan: `"auto"`, `"infer"`, or rules that are merged over the model's own plan.
         dtype: name of the dtype of weights and activations.
         compiled: the ranks run compiled code in training.
         sequence_parallel, overlap: as in `from_pretrained`.
