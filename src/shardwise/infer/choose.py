@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from shardwise.errors import PlanError
+from shardwise.infer.ends import gathered
 from shardwise.infer.proposals import Proposal
 from shardwise.infer.search import Patch, patched, patches
 from shardwise.infer.simulate import Proof, Reference, check
@@ -61,21 +62,34 @@ class Choice:
         families: dict[Family, list[Proposal]] = {}
         for proposal in self.proposals:
             families.setdefault(proposal.family, []).append(proposal)
-        plan, proof = self._try(list(families), self.ends)
+        kept, ends = list(families), self.ends
+        plan, proof = self._try(kept, ends)
         if not proof:
-            plan, proof = self._one_by_one(families)
+            kept, ends, plan, proof = self._one_by_one(families)
         if not proof:
             raise PlanError(f"{type(self.model).__name__}: its outputs differ between two calls: {proof.problem}.")
+        plan, proof = self._gather(kept, ends, plan, proof)
         cut = {wildcard(name) for row in plan if row.sharded for name in (row.name, row.name.rpartition(".")[0])}
         return Inference(plan, proof, {name: why for name, why in self.left.items() if name not in cut})
 
-    def _one_by_one(self, families: Mapping[Family, list[Proposal]]) -> tuple[Plan, Proof]:
+    def _gather(self, kept: Sequence[Family], ends: list[list[Rule]], plan: Plan, proof: Proof) -> tuple[Plan, Proof]:
+        """The plan with large layers that are still whole cut, and their outputs gathered, as far as that passes."""
+        found = gathered(self.model, plan, self.size, self.left)
+        for rules in ([rule for family in found for rule in family], *found) if len(found) > 1 else found:
+            tried = self._try(kept, [*ends, rules])
+            if tried[1]:
+                ends, (plan, proof) = [*ends, rules], tried
+                if len(rules) == sum(map(len, found)):
+                    break
+        return plan, proof
+
+    def _one_by_one(self, families: Mapping[Family, list[Proposal]]) -> tuple[list[Family], list[list[Rule]], Plan, Proof]:
         kept = [family for family, proposals in families.items() if self._passes(family, proposals)]
         ends = [rules for rules in self.ends if self._end_passes(rules)]
         while True:
             plan, proof = self._try(kept, ends)
             if proof or not (kept or ends):
-                return plan, proof
+                return kept, ends, plan, proof
             names = [n for p in families[kept.pop()] for n in p.matrices] if kept else [rule.pattern for rule in ends.pop()]
             self._leave(names, f"right alone, and not together with the others: {proof.problem}")
 

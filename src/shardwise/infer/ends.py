@@ -1,12 +1,15 @@
-"""Where a model begins and ends: large embeddings and heads, which are cut along the vocabulary."""
+"""What is cut beside the islands: large embeddings and heads, along the vocabulary, and large layers that are gathered."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from math import prod
 
 from torch import nn
 
 from shardwise.infer.products import Product
+from shardwise.layers import stores_transposed
+from shardwise.plan import Plan, wildcard
 from shardwise.spec import Rule
 
 LARGE = 0.02
@@ -33,3 +36,25 @@ def end_rules(model: nn.Module, products: Collection[Product], last: Collection[
                 continue
             found.setdefault(product.weight, []).append(rule)
     return list(found.values())
+
+
+def gathered(model: nn.Module, plan: Plan, size: int, left: Mapping[str, str]) -> list[list[Rule]]:
+    """Rules for large linear layers that `plan` leaves whole, those of alike layers together: each rank keeps a part of the
+    weight, and computes everything else as before.
+
+    Args:
+        left: why they are whole, by name with `*` for numbers.
+    """
+    total = sum(prod(row.shape) for row in plan if not row.buffer)
+    families: dict[str, list[str]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) or stores_transposed(module):
+            row = plan.get(f"{name}.weight")
+            if row is not None and not row.sharded and not row.aliases and min(row.shape) >= size:
+                families.setdefault(wildcard(name), []).append(name)
+    found = []
+    for family, names in families.items():
+        if sum(prod(plan[f"{name}.weight"].shape) for name in names) > LARGE * total:
+            reason = f"its weight is cut, and its outputs gathered: {left.get(family, 'no part of what reads it is apart')}"
+            found.append([Rule(name, "colwise_gather_output", "inferred", reason=reason) for name in names])
+    return found
