@@ -368,6 +368,10 @@ def _leave_experts_to_us(model: nn.Module, state: ModelState) -> None:
         model.__dict__[_DDP_IGNORES] = [*dealt, *(f"_orig_mod.{name}" for name in dealt)]  # the latter of torch.compile(model)
 
 
+class _Absent:
+    """Stands for the value of an attribute that a module has only where it is parallel."""
+
+
 def _set_local(module: nn.Module, attribute: str, value: int | None, state: ShardState) -> None:
     if attribute.startswith("config."):
         name = attribute.removeprefix("config.")
@@ -375,7 +379,7 @@ def _set_local(module: nn.Module, attribute: str, value: int | None, state: Shar
         state.restore.setdefault("config", config)
         module.__dict__["config"] = LocalConfig(config, {name: value})
         return
-    state.restore[attribute] = getattr(module, attribute)
+    state.restore[attribute] = getattr(module, attribute, _Absent)
     setattr(module, attribute, value)
 
 
@@ -384,4 +388,7 @@ def _restore_module(module: nn.Module) -> None:
     module.__dict__.pop("_facts", None)
     module.__class__ = original_class(module)
     for attribute, value in state.restore.items():
-        setattr(module, attribute, value)
+        if value is _Absent:
+            delattr(module, attribute)
+        else:
+            setattr(module, attribute, value)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
 from itertools import combinations, islice
 from typing import Any
@@ -21,9 +21,12 @@ from shardwise.infer.simulate import Reference, floats
 from shardwise.spec import Rule
 
 MOST = 48
-"""How many ways are tried of one family."""
+MOST_WIDTHS = 12
+"""How many ways are tried of one family: with its input as it is, and with one of its parts' width."""
 _BIASES = ("alibi", "position_bias", "attention_mask")
 
+
+_COLWISE = ("colwise", "packed_colwise")
 
 Number = tuple[str, str]
 """A number that code reads: a module's name, and the attribute (or "config.name") of it."""
@@ -36,10 +39,17 @@ class Patch:
     Args:
         numbers: those that become local; modules by their path inside of the one around the proposal's products.
         own_bias: of a position bias of all heads that it is handed, the module around them takes those of its own.
+        own_width: the module around them takes its width from its input, which is handed to it with that of its own parts.
     """
 
     numbers: tuple[Number, ...] = ()
     own_bias: bool = False
+    own_width: bool = False
+
+    @property
+    def style(self) -> str | None:
+        """What becomes of the module around the products; None where numbers are all."""
+        return "local_head_bias" if self.own_bias else "local_width" if self.own_width else None
 
 
 NONE = Patch()
@@ -53,7 +63,9 @@ def patches(reference: Reference, proposal: Proposal) -> Iterator[Patch]:
     exact = [name for name in names if read[name] == proposal.count]
     biased = any(name in signature(type(module).forward).parameters for name in _BIASES)
     ways = ((numbers, own) for numbers in _subsets(names, exact) for own in ((False, True) if biased else (False,)))
-    return islice((Patch(*way) for way in dict.fromkeys(ways)), MOST)
+    yield from dict.fromkeys(Patch(*way) for way in islice(ways, MOST))
+    if _input_width(reference.model, proposal):
+        yield from dict.fromkeys(Patch(numbers, own_width=True) for numbers in islice(_subsets(names, exact), MOST_WIDTHS))
 
 
 def _subsets(names: Sequence[Number], exact: Sequence[Number]) -> Iterator[tuple[Number, ...]]:
@@ -126,19 +138,30 @@ def patched(
         rules |= {rule.pattern: rule for rule in proposal.rules}
         patch, counts = chosen.get(proposal.family, NONE), local_counts(proposal.count, size)
         local: dict[str, dict[str, tuple[int, ...]]] = {proposal.place: {}} if patch.own_bias else {}
+        if patch.own_width:
+            width = _input_width(model, proposal) // proposal.count
+            local[proposal.place] = {"input_width": tuple(width * count for count in counts)}
+            inside = [rule for rule in proposal.rules if rule.style in _COLWISE]
+            rules |= {rule.pattern: replace(rule, style="colwise_whole_input") for rule in inside}
         for path, name in patch.numbers:
             place = f"{proposal.place}.{path}".strip(".")
             value = _read(model.get_submodule(place), name)
             local.setdefault(place, {})[name] = tuple(value // proposal.count * count for count in counts)
         for place, attributes in local.items():
             known = rules.get(place)
-            style = (
-                "local_head_bias" if patch.own_bias and place == proposal.place else known.style if known else "local_params"
-            )
+            style = patch.style if place == proposal.place and patch.style else known.style if known else "local_params"
             attributes = {**(known.attributes if known else {}), **attributes}
             reason = f"its code reads these numbers, and {proposal.count} parts are dealt"
             rules[place] = Rule(place, style, "inferred", attributes=attributes, reason=reason)
     return list(rules.values())
+
+
+def _input_width(model: nn.Module, proposal: Proposal) -> int:
+    """The features that all column-wise layers of a proposal read, where its parts can have as many each; else 0."""
+    layers = [model.get_submodule(rule.pattern) for rule in proposal.rules if rule.style in _COLWISE]
+    widths = {module.in_features for module in layers if isinstance(module, nn.Linear)}
+    width = widths.pop() if len(widths) == 1 else 0
+    return width if width % proposal.count == 0 else 0
 
 
 def _read(module: nn.Module, name: str) -> int:

@@ -10,6 +10,7 @@
 | `replicate`, `replicated_with_grad_allreduce` | `Replicate`, `ReplicatedWithGradAllReduce` |
 | `local_params`, `local_rows` | `LocalParamsParallel`, `LocalRows` |
 | `local_head_bias`, `all_reduce` | `LocalHeadBias`, `AllReduceParallel` |
+| `local_width`, `colwise_whole_input` | `LocalWidth`, `ColwiseWholeInput` |
 | `sequence_parallel` | `SequenceParallel` |
 | `mla_kv_a_proj`, `mla_kv_a_proj_gather_output` | `MlaKvAProjParallel`, `MlaKvAProjGatherOutput` |
 | `moe_tp_experts`, `moe_identity_expert`, `grouped_gemm`, `ep_router` | `MoeExpertsParallel`, ... |
@@ -79,6 +80,7 @@ from shardwise.layers.sequence import (
     Stream,
 )
 from shardwise.layers.traced import Facts
+from shardwise.layers.width import ColwiseWholeInput, LocalWidth
 
 STYLES: MappingProxyType[str, type[ParallelStyle]] = MappingProxyType(
     {
@@ -104,6 +106,8 @@ STYLES: MappingProxyType[str, type[ParallelStyle]] = MappingProxyType(
         "local_params": LocalParamsParallel,
         "local_rows": LocalRows,
         "local_head_bias": LocalHeadBias,
+        "local_width": LocalWidth,
+        "colwise_whole_input": ColwiseWholeInput,
         "grouped_gemm": GroupedGemm,
         "ep_router": EpRouter,
         "ep_dispatch_experts": EpDispatchExperts,
@@ -118,6 +122,7 @@ __all__ = [
     "Axis",
     "ColwiseGatherOutput",
     "ColwiseParallel",
+    "ColwiseWholeInput",
     "CommonDropout",
     "Cut",
     "EmbeddingColwise",
@@ -137,6 +142,7 @@ __all__ = [
     "LocalHeadBias",
     "LocalParamsParallel",
     "LocalRows",
+    "LocalWidth",
     "MlaKvAProjGatherOutput",
     "MlaKvAProjParallel",
     "MoeExpertsParallel",

@@ -1,0 +1,102 @@
+"""Plans that are inferred for models in plain torch, as people write them: exact, and undone without a trace."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+
+import shardwise
+from plain import CASES, GPT, WIDTH, Case, Gated, NanoAttention
+from shardwise.infer.unknown import cut_share
+from shardwise.plan import Plan
+from shardwise.testing import RankPool
+
+MICRO_BATCHES = 3
+
+
+def made(case: Case) -> nn.Module:
+    """The same on every rank."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return case.make()
+
+
+def train(model: nn.Module, case: Case) -> list[torch.Tensor]:
+    """The outputs of some accumulated micro-batches."""
+    outputs = []
+    for seed in range(MICRO_BATCHES):
+        outputs.append(model(**case.inputs(seed)))
+        outputs[-1].square().mean().backward()
+    return [output.detach() for output in outputs]
+
+
+def on_rank(name: str, plan: Plan, ordinary: nn.Module) -> tuple[list[torch.Tensor], dict[str, torch.Tensor | None]]:
+    """The outputs of a sharded model, which is the ordinary one afterwards, and its local gradients."""
+    case, mesh = CASES[name], init_device_mesh("cpu", (plan.size,), mesh_dim_names=("tp",))
+    model = copy.deepcopy(ordinary)
+    before = {key: copy.copy(vars(module)) for key, module in model.named_modules()}
+    shardwise.parallelize(model, mesh, plan)
+    outputs, gradients = train(model, case), {key: p.grad for key, p in model.named_parameters()}
+    shardwise.unparallelize(model)
+    assert {key: vars(module).keys() for key, module in model.named_modules()} == {k: v.keys() for k, v in before.items()}
+    for (key, value), expected in zip(model.state_dict().items(), ordinary.state_dict().values(), strict=True):
+        assert torch.equal(value, expected), key
+    return outputs, gradients
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("name", CASES)
+def test_exact(name, size, threads):
+    """Guards: a plan that cuts little of ordinary code, or is right in one micro-batch alone; attributes that stay behind."""
+    case = CASES[name]
+    plan = shardwise.infer_plan(made(case), size, case.inputs())
+    assert cut_share(plan) > case.share
+    if size == 2:
+        assert case.styles <= {row.rule.style for row in (*plan, *plan.modules) if row.rule is not None}
+    model = made(case)
+    ranks = threads(on_rank, size, name, plan, model)
+    expected = train(model, case)
+    for rank, (outputs, gradients) in enumerate(ranks):
+        for output, right in zip(outputs, expected, strict=True):
+            torch.testing.assert_close(output, right, rtol=1e-4, atol=1e-5)
+        for key, parameter in model.named_parameters():
+            mine = plan[key].layout.shard(parameter.grad, rank, size)
+            torch.testing.assert_close(gradients[key], mine, rtol=1e-3, atol=1e-5)
+
+
+def compiled_on_rank(model: nn.Module, plan: Plan, x: torch.Tensor) -> float:
+    """How far compiled code is from eager code: outputs, and the input's gradient."""
+    shardwise.parallelize(model, plan=plan)
+    found = []
+    for called in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        given = x.clone().requires_grad_()
+        output = called(given)
+        output.square().sum().backward()
+        found.append((output, given.grad))
+    return max((a - b).abs().max().item() for a, b in zip(*found, strict=True))
+
+
+def test_local_width_compiles(pool2: RankPool):
+    """Guards: a stand-in that breaks the graph, or that compiled code takes for the input: all would be NaN."""
+    x = torch.randn(2, 9, WIDTH)
+    model = nn.Sequential(NanoAttention())
+    plan = shardwise.infer_plan(model, 2, {"input": x})
+    assert plan["0.c_attn.weight"].rule.style == "colwise_whole_input"
+    assert max(pool2.run(compiled_on_rank, model, plan, x)) < 1e-5
+
+
+def test_a_stand_in_is_noticed(threads):
+    """Guards: the values of a stand-in in the outputs, unseen: a module that adds its input itself is not given one."""
+
+    class Residual(NanoAttention):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + super().forward(x)
+
+    model = GPT(Residual, Gated)
+    plan = shardwise.infer_plan(model, 2, CASES["nanoGPT"].inputs())
+    assert plan["h.0.first.c_attn.weight"].rule.style == "colwise_gather_output"
+    assert "refuse" not in plan["h.0.first.c_attn.weight"].rule.reason
