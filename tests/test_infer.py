@@ -22,7 +22,7 @@ from examples.plain_gpt import GPT, inferred, train
 from parity import types
 from parity.suite import Suite
 from shardwise.errors import PlanError
-from shardwise.infer import infer
+from shardwise.infer import ends, infer
 from shardwise.infer.islands import EVERY
 from shardwise.infer.layouts import cuts
 from shardwise.layers import Cut
@@ -140,14 +140,17 @@ class Split(nn.Module):
         return x + self.down(self.up(x).relu())
 
 
-def test_what_fails_the_proof_stays_whole_and_is_named():
-    """Guards: a plan that looks right and whose module can't run on local heads; a part that stays whole without a word."""
+@pytest.mark.parametrize(("large", "style"), [(0.02, "colwise_gather_output"), (1.0, "replicate")])
+def test_what_fails_the_proof_is_computed_whole_and_named(large, style, monkeypatch):
+    """Guards: a plan that looks right and whose module can't run on local heads; a part that is computed whole without a word,
+    or stays whole on every rank though it is large.
+    """
+    monkeypatch.setattr(ends, "LARGE", large)
     found = infer(Split(), 2, {"x": torch.randn(2, 6, 16)})
     assert found.proof
     assert found.plan["up.weight"].sharded
-    assert not found.plan["qkv.weight"].sharded
     rule = found.plan["qkv.weight"].rule
-    assert (rule.style, rule.source) == ("replicate", "inferred")
+    assert (rule.style, rule.source) == (style, "inferred")
     assert "not enough values to unpack" in rule.reason
     assert "inferred" in str(found.plan)
 
@@ -169,7 +172,8 @@ def test_each_product_is_cut_on_one_side():
     """Guards: a matrix that is cut along both dims, and a parameter between products that is not cut with them."""
     plan = shardwise.infer_plan(Chain(), 2, {"x": torch.randn(64, 8)})
     cut = {row.name: row.layout.cut(row.shape)[0] for row in plan if row.sharded}
-    assert cut == {"b.weight": 0, "c.weight": 1, "scale": 0}
+    assert cut == {"a.weight": 0, "b.weight": 0, "c.weight": 1, "scale": 0}
+    assert plan["a.weight"].rule.style == "colwise_gather_output"
 
 
 def rules(**changed: Rule | None) -> list[Rule]:
