@@ -8,7 +8,7 @@
 | `packed_colwise`, `packed_rowwise` | `PackedColwiseParallel`, `PackedRowwiseParallel` |
 | `embedding_rowwise`, `embedding_colwise` | `EmbeddingRowwise`, `EmbeddingColwise` |
 | `replicate`, `replicated_with_grad_allreduce` | `Replicate`, `ReplicatedWithGradAllReduce` |
-| `local_params`, `local_rows` | `LocalParamsParallel`, `LocalRows` |
+| `local_params`, `local_mixer`, `local_rows` | `LocalParamsParallel`, `LocalMixer`, `LocalRows` |
 | `local_head_bias`, `all_reduce` | `LocalHeadBias`, `AllReduceParallel` |
 | `local_width`, `colwise_whole_input` | `LocalWidth`, `ColwiseWholeInput` |
 | `sequence_parallel` | `SequenceParallel` |
@@ -64,6 +64,7 @@ from shardwise.layers.overlap import OverlappedLinear, OverlappedRegion
 from shardwise.layers.region import Region
 from shardwise.layers.replicated import (
     AllReduceParallel,
+    LocalMixer,
     LocalParamsParallel,
     LocalRows,
     Replicate,
@@ -104,6 +105,7 @@ STYLES: MappingProxyType[str, type[ParallelStyle]] = MappingProxyType(
         "moe_tp_experts": MoeExpertsParallel,
         "moe_identity_expert": MoeIdentityExpert,
         "local_params": LocalParamsParallel,
+        "local_mixer": LocalMixer,
         "local_rows": LocalRows,
         "local_head_bias": LocalHeadBias,
         "local_width": LocalWidth,
@@ -140,6 +142,7 @@ __all__ = [
     "LocalConfig",
     "LocalDropout",
     "LocalHeadBias",
+    "LocalMixer",
     "LocalParamsParallel",
     "LocalRows",
     "LocalWidth",

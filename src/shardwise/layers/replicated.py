@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from shardwise.collectives import even_sizes, gather_from_tp, reduce_from_tp, scatter_to_tp
 from shardwise.errors import ShardwiseError, describe
-from shardwise.layers.base import Cut, ParallelStyle, original_class
+from shardwise.layers.base import Cut, ParallelStyle, is_parallel, original_class
 from shardwise.layers.region import drops_out, local_random_stream
 from shardwise.layout import Layout, Shape
 
@@ -27,6 +27,25 @@ class LocalParamsParallel(Replicate):
     """
 
     prefix = "Local"
+
+
+class LocalMixer(LocalParamsParallel):
+    """As `LocalParamsParallel`, of a module whose forward reads parameters of its children itself, as of a convolution, some of
+    them held by several ranks: while it runs, their gradients are summed.
+    """
+
+    prefix = "LocalMixer"
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        children: list[Any] = [child for child in self._modules.values() if child is not None and is_parallel(child)]
+        inside = [child._tp for child in children if child._tp.summed is None]
+        for state in inside:
+            state.summed = {}
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            for state in inside:
+                state.summed = None
 
 
 class LocalRows(LocalParamsParallel):

@@ -6,13 +6,13 @@ from __future__ import annotations
 
 from torch import nn
 
+from shardwise.plans import delta
 from shardwise.plans.parts import LATENT, attention, latent_attention, mixer, mlp, packed_mlp, places, rule, whole
 from shardwise.spec import Rule
 
 SHARED = "layers.*.mlp.shared_experts"
 _ATTENTION = "layers.*.self_attn"
 _STATE_SPACE = "a state-space mixer, computed whole"
-_LINEAR = "linear attention, computed whole"
 
 
 def afmoe(model: nn.Module, prefix: str, size: int) -> list[Rule]:
@@ -126,15 +126,8 @@ def mamba2(model: nn.Module, prefix: str, path: str) -> list[Rule]:
 
 
 def delta_and_latent(model: nn.Module, prefix: str, size: int) -> list[Rule]:
-    """Layers of latent attention and of gated delta attention, both called `self_attn`."""
-    path = "layers.*.self_attn"
-    large = ["q_proj", "k_proj", "v_proj", "g_proj", "g_b_proj", "o_proj", "forget_gate.f_b_proj", "forget_gate.f_proj"]
-    return [*latent_attention(model, prefix, also=["g_proj"]), *mixer(model, prefix, path, _LINEAR, large, having="conv1d")]
-
-
-def olmo_hybrid(model: nn.Module, prefix: str, size: int) -> list[Rule]:
-    """A gated delta net in most layers."""
-    return mixer(model, prefix, "layers.*.linear_attn", _LINEAR, ["q_proj", "k_proj", "v_proj", "g_proj", "o_proj"])
+    """Layers of latent attention and of Kimi delta attention, both called `self_attn`."""
+    return [*latent_attention(model, prefix, also=["g_proj"]), *delta.delta_attention(model, prefix, size)]
 
 
 def minimax(model: nn.Module, prefix: str, size: int) -> list[Rule]:
@@ -162,10 +155,11 @@ def step3p5(model: nn.Module, prefix: str, size: int) -> list[Rule]:
 
 
 def qwen4(model: nn.Module, prefix: str, size: int) -> list[Rule]:
-    """Attention behind an indexer, which chooses tokens for all heads at once; several residual streams."""
+    """Attention behind an indexer, which chooses tokens for all heads at once; several residual streams; gated delta nets."""
     reason = "from a low rank to the weights of all residual streams"
     streams = [f"{prefix}layers.*.{part}_hyper_connection.input_mix_weight_up" for part in ("attn", "mlp")]
-    return [*attention(model, prefix), *(rule(name, "replicate", reason) for name in streams)]
+    whole_ones = [rule(name, "replicate", reason) for name in streams]
+    return [*attention(model, prefix), *whole_ones, *delta.gated_delta_net(model, prefix, size)]
 
 
 def glm(model: nn.Module, prefix: str, size: int) -> list[Rule]:
