@@ -138,7 +138,8 @@ class _Resolver:
             style = style_named(rule.style, str(rule))
             if name not in self.rules and (problem := style.refuses(self.modules[parent])):
                 raise problems.refused(parent, problem, rule)
-            layout = self._layout(name, style, rule, tensor) if name in self.tensors else Replicated()
+            # A buffer is cut only where a rule names it: beside a module's weights there are tables and counters.
+            layout = self._layout(name, style, rule, tensor) if name in self.tensors or name in self.rules else Replicated()
             partial, axis = style.gradient_is_partial and name in self.tensors, style.axis
         return ShardSpec(name, shape, tensor.dtype, layout, partial, name in self.buffers, rule, axis=axis)
 

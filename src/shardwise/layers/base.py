@@ -37,15 +37,18 @@ class Cut:
         spread: what to do with fewer units than ranks, see `shardwise.layout.Block`.
         blocks: the matrices that are fused along the cut dim, where there are several.
         transposed: the weight is kept as (in, out).
+        dim: which dim to cut of a tensor that a rule names itself; None where the style says it.
     """
 
     unit: int = 1
     spread: Spread = "split"
     blocks: tuple[Block, ...] = ()
     transposed: bool = False
+    dim: int | None = None
 
     def along(self, dim: int) -> Layout:
-        """The layout that cuts `dim` so."""
+        """The layout that cuts `dim` so, or the dim that the cut itself names."""
+        dim = dim if self.dim is None else self.dim
         return Packed(dim, self.blocks) if self.blocks else Sharded(dim, self.unit, self.spread)
 
 

@@ -49,7 +49,9 @@ class LocalMixer(LocalParamsParallel):
 
 
 class LocalRows(LocalParamsParallel):
-    """As `LocalParamsParallel`; what a rule gives this style is cut along dim 0: a depthwise convolution by its channels."""
+    """As `LocalParamsParallel`; what a rule gives this style is cut along dim 0, or along the dim that its
+    cut names: a depthwise convolution by its channels, a table by its heads.
+    """
 
     @classmethod
     def layout(cls, shape: Shape, cut: Cut) -> Layout:

@@ -81,15 +81,6 @@ def minimax_m3(model: nn.Module, prefix: str, size: int) -> list[Rule]:
     return [*packed_mlp(prefix, "layers.*.mlp"), *packed_mlp(prefix, SHARED)]
 
 
-def lfm2(model: nn.Module, prefix: str, size: int) -> list[Rule]:
-    """Attention and dense MLPs, and a short convolution in the other layers."""
-    return [
-        *attention(model, prefix, output="out_proj"),
-        *mlp(prefix, "layers.*.feed_forward", ("w1", "w3"), "w2"),
-        *mixer(model, prefix, "layers.*.conv", "a convolution mixer, computed whole", ["in_proj", "out_proj"]),
-    ]
-
-
 def jamba(model: nn.Module, prefix: str, size: int) -> list[Rule]:
     """Attention and dense MLPs, and a Mamba mixer in most layers."""
     return [

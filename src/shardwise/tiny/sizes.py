@@ -204,6 +204,7 @@ TINY: dict[str, dict[str, object]] = {
     "gptj": GPT,
     "hunyuan_v1_dense": {},
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "lfm3": {"layer_types": ["conv", "full_attention"], "use_attention_gate": True},
     "mpt": {"max_seq_len": 64},
     "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64, "dropout": 0.0},
     "persimmon": {},
