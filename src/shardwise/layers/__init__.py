@@ -12,6 +12,7 @@
 | `local_head_bias`, `all_reduce` | `LocalHeadBias`, `AllReduceParallel` |
 | `local_width`, `colwise_whole_input` | `LocalWidth`, `ColwiseWholeInput` |
 | `sequence_parallel` | `SequenceParallel` |
+| `sharded_norm` | `ShardedNorm` |
 | `mla_kv_a_proj`, `mla_kv_a_proj_gather_output` | `MlaKvAProjParallel`, `MlaKvAProjGatherOutput` |
 | `moe_tp_experts`, `moe_identity_expert`, `grouped_gemm`, `ep_router` | `MoeExpertsParallel`, ... |
 | `ep_dispatch_experts`, `ep_all_to_all_experts`, `ep_sorted_experts` | `EpDispatchExperts`, ... |
@@ -60,6 +61,7 @@ from shardwise.layers.linear import (
     is_product,
     stores_transposed,
 )
+from shardwise.layers.norm import ShardedNorm
 from shardwise.layers.overlap import OverlappedLinear, OverlappedRegion
 from shardwise.layers.region import Region
 from shardwise.layers.replicated import (
@@ -100,6 +102,7 @@ STYLES: MappingProxyType[str, type[ParallelStyle]] = MappingProxyType(
         "replicate": Replicate,
         "replicated_with_grad_allreduce": ReplicatedWithGradAllReduce,
         "all_reduce": AllReduceParallel,
+        "sharded_norm": ShardedNorm,
         "mla_kv_a_proj": MlaKvAProjParallel,
         "mla_kv_a_proj_gather_output": MlaKvAProjGatherOutput,
         "moe_tp_experts": MoeExpertsParallel,
@@ -169,6 +172,7 @@ __all__ = [
     "SequenceStyle",
     "SequenceWhole",
     "ShardState",
+    "ShardedNorm",
     "Stream",
     "WholeEmbeddingAdapter",
     "is_parallel",
