@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
-from shardwise.errors import PlanError, describe
 from shardwise.heads import Heads, heads_of
 from shardwise.layers import ColwiseGatherOutput, ColwiseParallel
 from shardwise.layers.registry import style_named
@@ -24,8 +23,9 @@ _VALUE = (("v_proj", "value"), ("v_norm", "value_norm"))
 def head_norms(modules: Mapping[str, nn.Module], rules: Mapping[str, Rule], size: int) -> dict[str, Rule]:
     """The rules that the norms of attention modules need, given the `rules` that hold, by the name of the norm or its weight.
 
-    A norm behind local heads gets its gradient summed; a weight of a row a head is cut by heads; behind whole heads nothing is
-    summed. What the user says of a norm stands. Raises `PlanError` for a norm over all heads at once behind local heads.
+    A norm behind local heads gets its gradient summed; a weight of a row a head is cut by heads; of a norm over all heads at
+    once the statistics are summed, of which a KV head that ranks share is as large a part as any other; behind whole heads
+    nothing is summed. What the user says of a norm stands.
     """
     found: dict[str, Rule] = {}
     for name, module in modules.items():
@@ -35,10 +35,8 @@ def head_norms(modules: Mapping[str, nn.Module], rules: Mapping[str, Rule], size
             rule, known = rules.get(f"{name}.{projection}"), rules.get(f"{name}.{norm}")
             if known is not None and known.source == "user":
                 continue
-            child = getattr(module, norm)
-            if rule is not None and _local(rule):
-                _check_width(f"{name}.{norm}", child, getattr(module, projection), heads.kv if over_kv else heads.query, rule)
-            for target, new in _rules(f"{name}.{norm}", child, heads, over_kv, rule, known, size):
+            child, width = getattr(module, norm), getattr(getattr(module, projection), "out_features", None)
+            for target, new in _rules(f"{name}.{norm}", child, heads, over_kv, width, rule, known, size):
                 found[target] = new
     return found
 
@@ -52,7 +50,14 @@ def _pairs(module: nn.Module) -> Iterator[tuple[str, str, bool]]:
 
 
 def _rules(
-    name: str, norm: nn.Module, heads: Heads, over_kv: bool, rule: Rule | None, known: Rule | None, size: int
+    name: str,
+    norm: nn.Module,
+    heads: Heads,
+    over_kv: bool,
+    width: object,
+    rule: Rule | None,
+    known: Rule | None,
+    size: int,
 ) -> Iterator[tuple[str, Rule]]:
     if rule is None or not _local(rule):
         if known is not None and style_named(known.style, str(known)).gradient_is_partial:
@@ -60,27 +65,14 @@ def _rules(
         return
     weight, count = norm.weight, heads.kv if over_kv else heads.query
     assert isinstance(weight, Tensor)
-    if weight.dim() == 2 and weight.shape[0] == count:
-        cut = heads.kv_cut(count, size) if over_kv else heads.query_cut(count, size)
+    length = weight.shape[0]
+    cut = heads.kv_cut(length, size) if over_kv else heads.query_cut(length, size)
+    if weight.dim() == 1 and length == width and count > 1 and heads.problem(size) is None:
+        yield name, Rule(name, "sharded_norm", "shardwise", cut, reason="its statistics are over all heads")
+    elif weight.dim() == 2 and length == count:
         yield f"{name}.weight", Rule(f"{name}.weight", "colwise", "shardwise", cut, reason="a row for each head")
     elif known is None:
         yield name, Rule(name, "replicated_with_grad_allreduce", "shardwise", reason="it sees the local heads only")
-
-
-def _check_width(name: str, norm: nn.Module, projection: nn.Module, heads: int, rule: Rule) -> None:
-    weight, width = norm.weight, getattr(projection, "out_features", None)
-    assert isinstance(weight, Tensor)
-    if weight.dim() == 1 and weight.shape[0] == width and heads > 1:
-        raise PlanError(
-            describe(
-                f"{name}: its statistics are over all {width} features, and {rule.pattern} leaves a rank some of them.",
-                rule=str(rule),
-                either=[
-                    "colwise_gather_output for the projections and rowwise_split_input for the output, or",
-                    "replicate for all of them",
-                ],
-            )
-        )
 
 
 def _local(rule: Rule) -> bool:

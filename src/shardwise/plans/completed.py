@@ -7,7 +7,18 @@ from __future__ import annotations
 from torch import nn
 
 from shardwise.plans import delta
-from shardwise.plans.parts import LATENT, attention, latent_attention, mixer, mlp, packed_mlp, places, rule, whole
+from shardwise.plans.parts import (
+    LATENT,
+    attention,
+    latent_attention,
+    mixer,
+    mlp,
+    normed_attention,
+    packed_mlp,
+    places,
+    rule,
+    whole,
+)
 from shardwise.spec import Rule
 
 SHARED = "layers.*.mlp.shared_experts"
@@ -121,11 +132,14 @@ def delta_and_latent(model: nn.Module, prefix: str, size: int) -> list[Rule]:
     return [*latent_attention(model, prefix, also=["g_proj"]), *delta.delta_attention(model, prefix, size)]
 
 
-def minimax(model: nn.Module, prefix: str, size: int) -> list[Rule]:
-    """Lightning attention in every other layer."""
-    reason = "linear attention, computed whole: its norm goes over all heads"
-    large = ["qkv_proj", "output_gate", "out_proj"]
-    return mixer(model, prefix, "layers.*.self_attn", reason, large, having="qkv_proj")
+def normed(model: nn.Module, prefix: str, size: int) -> list[Rule]:
+    """Attention whose queries and keys are normed over all heads."""
+    return normed_attention(model, prefix, size)
+
+
+def olmo_hybrid(model: nn.Module, prefix: str, size: int) -> list[Rule]:
+    """The same, and in most layers a gated delta net."""
+    return [*normed_attention(model, prefix, size), *delta.gated_delta_net(model, prefix, size)]
 
 
 def deepseek_v4(model: nn.Module, prefix: str, size: int) -> list[Rule]:
