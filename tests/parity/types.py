@@ -59,11 +59,15 @@ OURS = (
     "gptj",
     "hunyuan_v1_dense",
     "lfm2",
+    "lfm3",
     "mpt",
     "opt",
     "persimmon",
+    "recurrent_gemma",
+    "rwkv",
     "stablelm",
     "xglm",
+    "xlstm",
     "zaya",
 )
 """Types to which shardwise gives a plan, transformers none."""

@@ -9,8 +9,9 @@
 | `embedding_rowwise`, `embedding_colwise` | `EmbeddingRowwise`, `EmbeddingColwise` |
 | `replicate`, `replicated_with_grad_allreduce` | `Replicate`, `ReplicatedWithGradAllReduce` |
 | `local_params`, `local_mixer`, `local_rows` | `LocalParamsParallel`, `LocalMixer`, `LocalRows` |
-| `local_head_bias`, `all_reduce` | `LocalHeadBias`, `AllReduceParallel` |
+| `local_head_bias`, `local_head_state`, `local_state` | `LocalHeadBias`, `LocalHeadState`, `LocalState` |
 | `local_width`, `colwise_whole_input` | `LocalWidth`, `ColwiseWholeInput` |
+| `all_reduce` | `AllReduceParallel` |
 | `sequence_parallel` | `SequenceParallel` |
 | `sharded_norm` | `ShardedNorm` |
 | `mla_kv_a_proj`, `mla_kv_a_proj_gather_output` | `MlaKvAProjParallel`, `MlaKvAProjGatherOutput` |
@@ -63,6 +64,7 @@ from shardwise.layers.linear import (
 )
 from shardwise.layers.norm import ShardedNorm
 from shardwise.layers.overlap import OverlappedLinear, OverlappedRegion
+from shardwise.layers.recurrent import LocalHeadState, LocalState
 from shardwise.layers.region import Region
 from shardwise.layers.replicated import (
     AllReduceParallel,
@@ -110,6 +112,8 @@ STYLES: MappingProxyType[str, type[ParallelStyle]] = MappingProxyType(
         "local_params": LocalParamsParallel,
         "local_mixer": LocalMixer,
         "local_rows": LocalRows,
+        "local_state": LocalState,
+        "local_head_state": LocalHeadState,
         "local_head_bias": LocalHeadBias,
         "local_width": LocalWidth,
         "colwise_whole_input": ColwiseWholeInput,
@@ -145,9 +149,11 @@ __all__ = [
     "LocalConfig",
     "LocalDropout",
     "LocalHeadBias",
+    "LocalHeadState",
     "LocalMixer",
     "LocalParamsParallel",
     "LocalRows",
+    "LocalState",
     "LocalWidth",
     "MlaKvAProjGatherOutput",
     "MlaKvAProjParallel",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from shardwise.collectives import even_sizes, gather_from_tp, reduce_from_tp, scatter_to_tp
 from shardwise.errors import ShardwiseError, describe
-from shardwise.layers.base import Cut, ParallelStyle, is_parallel, original_class
+from shardwise.layers.base import Cut, Local, ParallelStyle, is_parallel, original_class
 from shardwise.layers.region import drops_out, local_random_stream
 from shardwise.layout import Layout, Shape
 
@@ -56,6 +56,13 @@ class LocalRows(LocalParamsParallel):
     @classmethod
     def layout(cls, shape: Shape, cut: Cut) -> Layout:
         return cut.along(0)
+
+    @classmethod
+    def local_attributes(cls, module: nn.Module, local: Local) -> dict[str, int | None]:
+        groups = getattr(module, "groups", 1)
+        if groups == 1 or "weight" not in local.layouts:
+            return {}
+        return {"groups": groups * local.shape("weight")[0] // local.layouts["weight"][1][0]}
 
 
 class ReplicatedWithGradAllReduce(Replicate):

@@ -22,6 +22,8 @@ from shardwise.plans import (
     lightning,
     phi3,
     phi4_multimodal,
+    recurrent,
+    xlstm,
     zaya,
 )
 from shardwise.plans.parts import rule
@@ -101,10 +103,13 @@ CORRECTIONS: Mapping[str, Corrections] = MappingProxyType(
         "qwen3_5_text": delta.gated_delta_net,
         "qwen3_next": delta.gated_delta_net,
         "qwen4_exp_text": completed.qwen4,
+        "recurrent_gemma": recurrent.recurrent_gemma,
+        "rwkv": recurrent.rwkv,
         "solar_open": completed.shared_experts,
         "stablelm": decoders.stablelm,
         "step3p5": completed.step3p5,
         "xglm": decoders.xglm,
+        "xlstm": xlstm.rules,
         "youtu": completed.wide_latent,
         "zaya": zaya.rules,
     }

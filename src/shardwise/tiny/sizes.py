@@ -191,7 +191,10 @@ TINY: dict[str, dict[str, object]] = {
         "indexer_budget": 4,
         "indexer_compress_ratio": 2,
     },
+    "recurrent_gemma": {"num_hidden_layers": 3, "hidden_size": 64, "lru_width": 64},
+    "rwkv": {"rescale_every": 1},
     "solar_open": {"n_group": 1, "topk_group": 1},
+    "xlstm": {"num_heads": 4, "qk_dim_factor": 1.0},  # its cache rounds widths up to 64, and its layers don't
     "youtu": LATENT,
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16, "layer_types": ["hybrid", "hybrid_sliding"]},
     "biogpt": NO_DROPOUT,
