@@ -40,7 +40,19 @@ class Normed(nn.Module):
         return self.down(self.norm(inner, torch.tanh(inner)) if self.gated else self.norm(inner))
 
 
-class Unbiased(nn.Module):
+class Spread(nn.Module):
+    """A norm by the deviation, which is unbiased or not."""
+
+    def __init__(self, unbiased: bool) -> None:
+        super().__init__()
+        self.weight, self.unbiased = nn.Parameter(torch.ones(WIDTH)), unbiased
+
+    def forward(self, x: Tensor) -> Tensor:
+        spread = x.std(dim=-1, keepdim=True, unbiased=self.unbiased) + x.var(-1, keepdim=True, correction=0)
+        return self.weight * (x - x.mean(-1, keepdim=True)) / spread
+
+
+class Longest(nn.Module):
     """A norm by a statistic that no mean is."""
 
     def __init__(self) -> None:
@@ -48,10 +60,10 @@ class Unbiased(nn.Module):
         self.weight = nn.Parameter(torch.ones(WIDTH))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.weight * x / x.std(-1, keepdim=True)
+        return self.weight * x / x.norm(dim=-1, keepdim=True)
 
 
-class Plain(Unbiased):
+class Plain(Longest):
     """No norm at all."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -63,6 +75,8 @@ NORMS = {
     "nn.LayerNorm without bias": lambda: nn.LayerNorm(WIDTH, bias=False),
     "nn.RMSNorm": lambda: nn.RMSNorm(WIDTH, eps=1e-3),
     "of a model": lambda: Olmo2RMSNorm(WIDTH, eps=1e-3),
+    "deviation": lambda: Spread(unbiased=False),
+    "unbiased deviation": lambda: Spread(unbiased=True),
 }
 GROUPED = {
     "group_size": lambda groups: BambaRMSNormGated(WIDTH, group_size=WIDTH // groups, eps=1e-3),
@@ -102,7 +116,7 @@ def test_groups_that_do_not_fit_are_refused(threads):
     assert isinstance(caught.value.__cause__, PlanError)
 
 
-@pytest.mark.parametrize(("kind", "said"), [(Unbiased, "std over features that are split"), (Plain, "takes no mean")])
+@pytest.mark.parametrize(("kind", "said"), [(Longest, "norm over features that are split"), (Plain, "takes no mean")])
 def test_other_statistics_are_refused(kind, said, threads):
     """Guards: a statistic of the local features taken for that of all, without a word."""
     with pytest.raises(RankError, match=said) as caught:

@@ -46,6 +46,7 @@ ELSEWHERE = {
 OURS = (
     "bamba",
     "biogpt",
+    "bitnet",
     "bloom",
     "codegen",
     "dbrx",

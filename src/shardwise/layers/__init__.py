@@ -13,7 +13,7 @@
 | `local_width`, `colwise_whole_input` | `LocalWidth`, `ColwiseWholeInput` |
 | `all_reduce` | `AllReduceParallel` |
 | `sequence_parallel` | `SequenceParallel` |
-| `sharded_norm` | `ShardedNorm` |
+| `sharded_norm`, `sharded_statistics` | `ShardedNorm`, `ShardedStatistics` |
 | `mla_kv_a_proj`, `mla_kv_a_proj_gather_output` | `MlaKvAProjParallel`, `MlaKvAProjGatherOutput` |
 | `moe_tp_experts`, `moe_identity_expert`, `grouped_gemm`, `ep_router` | `MoeExpertsParallel`, ... |
 | `ep_dispatch_experts`, `ep_all_to_all_experts`, `ep_sorted_experts` | `EpDispatchExperts`, ... |
@@ -62,7 +62,7 @@ from shardwise.layers.linear import (
     is_product,
     stores_transposed,
 )
-from shardwise.layers.norm import ShardedNorm
+from shardwise.layers.norm import ShardedNorm, ShardedStatistics
 from shardwise.layers.overlap import OverlappedLinear, OverlappedRegion
 from shardwise.layers.recurrent import LocalHeadState, LocalState
 from shardwise.layers.region import Region
@@ -105,6 +105,7 @@ STYLES: MappingProxyType[str, type[ParallelStyle]] = MappingProxyType(
         "replicated_with_grad_allreduce": ReplicatedWithGradAllReduce,
         "all_reduce": AllReduceParallel,
         "sharded_norm": ShardedNorm,
+        "sharded_statistics": ShardedStatistics,
         "mla_kv_a_proj": MlaKvAProjParallel,
         "mla_kv_a_proj_gather_output": MlaKvAProjGatherOutput,
         "moe_tp_experts": MoeExpertsParallel,
@@ -179,6 +180,7 @@ __all__ = [
     "SequenceWhole",
     "ShardState",
     "ShardedNorm",
+    "ShardedStatistics",
     "Stream",
     "WholeEmbeddingAdapter",
     "is_parallel",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from shardwise.collectives import gather_from_tp, reduce_from_tp, scatter_to_tp
+from shardwise.collectives import copy_to_tp, gather_from_tp, reduce_from_tp, scatter_to_tp
 from shardwise.layers import traced
 from shardwise.layers.base import Cut, Local, ParallelStyle
 from shardwise.layout import Block, Layout, Packed, Replicated, Shape
@@ -167,15 +167,26 @@ class RowwiseScatterOutput(RowwiseParallel):
     """`RowwiseParallel` of which every rank keeps its part of the outputs.  X (..., in/tp) S(-1) -> Y (..., out/tp) S(-1).
 
     For a product inside a parallel region, whose outputs belong to the same heads as its inputs: they are cut in proportion.
+    Inputs that several ranks hold (a shared KV head) are counted once, and those ranks keep the same outputs.
     """
 
     prefix = "RowwiseScatter"
     closes_region = False
 
     def forward(self, input: Tensor) -> Tensor:
-        output, inputs = super().forward(input), self._tp.sizes["weight"]
-        sizes = tuple(output.shape[-1] * length // sum(inputs) for length in inputs)
-        return scatter_to_tp(output, self._tp.mesh, -1, sizes)
+        state, (layout, shape) = self._tp, self._tp.layouts["weight"]
+        mesh, inputs = state.mesh, state.sizes["weight"]
+        copies = layout.copies(shape, mesh.size())
+        if copies == 1:
+            output = super().forward(input)
+            sizes = tuple(output.shape[-1] * length // sum(inputs) for length in inputs)
+            return scatter_to_tp(output, mesh, -1, sizes)
+        output = copy_to_tp(super().forward(input / copies), mesh)
+        cut = layout.cut(shape)
+        assert cut is not None
+        rank, length = mesh.get_local_rank(), shape[cut[0]]
+        start = layout.pieces(shape, rank, mesh.size())[0].full.start
+        return output.narrow(-1, output.shape[-1] * start // length, output.shape[-1] * inputs[rank] // length)
 
 
 class PackedColwiseParallel(ColwiseParallel):

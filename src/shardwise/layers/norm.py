@@ -1,4 +1,4 @@
-"""Norms whose features are split over the ranks, and whose statistics are those of all features."""
+"""Norms, and other modules, whose features are split over the ranks, and whose statistics are those of all features."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from torch.nn import functional
 from torch.nn.functional import pad
 from torch.overrides import TorchFunctionMode
 
-from shardwise.collectives import Sizes, copy_to_tp, reduce_from_tp
+from shardwise.collectives import Sizes, copy_to_tp, even_sizes, reduce_from_tp
 from shardwise.errors import PlanError, ShardwiseError, describe
 from shardwise.layers.base import Cut, Local, ParallelStyle, original_class
+from shardwise.layers.replicated import LocalParamsParallel
 from shardwise.layout import Layout, Shape
 
 if TYPE_CHECKING:
@@ -93,6 +94,29 @@ class ShardedNorm(ParallelStyle):
         return _MeansOverRanks(state.mesh, sizes[rank], count, slots[rank], groups)
 
 
+class ShardedStatistics(LocalParamsParallel):
+    """An MLP whose forward takes means and deviations over its width, which is split (Gemma 3n's activation sparsity): they go
+    over the features of all ranks. Two all-reduces of a number a token in forward, and two in backward.
+    """
+
+    prefix = "ShardedStatistics"
+
+    @classmethod
+    def refuses(cls, module: nn.Module) -> str | None:
+        says = isinstance(getattr(module, "intermediate_size", None), int)
+        return None if says else f"{type(module).__name__} does not say how wide it is (intermediate_size)"
+
+    @classmethod
+    def options(cls, module: nn.Module, parent: nn.Module) -> dict[str, int]:
+        return {"width": int(module.intermediate_size)}  # type: ignore[arg-type]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        mesh, width = self._tp.mesh, self._tp.options["width"]
+        local = even_sizes(width, mesh.size())[mesh.get_local_rank()]
+        with _MeansOverRanks(mesh, local, width, 0, 1):
+            return super().forward(*args, **kwargs)
+
+
 def _whole(sizes: Sizes, group: int) -> bool:
     """Whether the ranks have whole groups."""
     return all(size % group == 0 for size in sizes)
@@ -106,7 +130,7 @@ def _groups(module: nn.Module) -> int:
 
 
 class _MeansOverRanks(TorchFunctionMode):
-    """While it is on, a mean over the last dim of `width` local features is that over the `count` features of all ranks.
+    """While it is on, a mean or deviation over the last dim of `width` local features is that over all ranks' `count` features.
 
     With several `groups`, each rank has features of one, its `slot`: the ranks' parts are summed side by side.
     """
@@ -122,10 +146,12 @@ class _MeansOverRanks(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _OTHER_STATISTICS and args[0].shape[-1:] == (self.width,):
             raise ShardwiseError(
-                f"sharded_norm: {func.__name__} over features that are split is not known to it, only means are."
+                f"sharded_norm: {func.__name__} over features that are split is not known to it, only means and deviations are."
             )
         if func in _MEANS:
             return self._mean(func, *args, **kwargs)
+        if func in _DEVIATIONS:
+            return self._deviation(func, *args, **kwargs)
         if func in _RMS_NORMS:
             return self._rms_norm(*args, **kwargs)
         if func in _LAYER_NORMS:
@@ -138,6 +164,18 @@ class _MeansOverRanks(TorchFunctionMode):
             return func(x, dim, keepdim, **kwargs)  # type: ignore[no-any-return]
         mean = self._over_ranks(x.sum(-1, keepdim=True, **kwargs) / self.count)
         return mean if keepdim else mean.squeeze(-1)
+
+    def _deviation(
+        self, func: Callable[..., Any], x: Tensor, dim: Any = None, unbiased: bool = True, keepdim: bool = False, **kwargs: Any
+    ) -> Tensor:
+        last = (dim,) if type(dim) is int else tuple(dim or ()) if not isinstance(dim, bool) else ()
+        if x.shape[-1] != self.width or last not in ((-1,), (x.dim() - 1,)):
+            return func(x, dim, keepdim=keepdim, **{"correction": int(unbiased), **kwargs})  # type: ignore[no-any-return]
+        fewer = kwargs.get("correction", int(unbiased))
+        variance = self._over_ranks((x - self._all(x)).pow(2).sum(-1, keepdim=True) / (self.count - fewer))
+        spread = variance > 0  # where there is none, its root has no gradient
+        found = variance.where(spread, 1).sqrt().where(spread, 0) if func in _ROOTS else variance
+        return found if keepdim else found.squeeze(-1)
 
     def _over_ranks(self, part: Tensor) -> Tensor:
         """P -> R: the sum of the ranks' parts (..., 1), of those that share this rank's group."""
@@ -172,12 +210,14 @@ def _wide(x: Tensor) -> Tensor:
 
 
 _MEANS = frozenset({torch.mean, torch.Tensor.mean})
+_ROOTS = frozenset({torch.std, torch.Tensor.std})
+_DEVIATIONS = _ROOTS | {torch.var, torch.Tensor.var}
 _RMS_NORMS = frozenset({functional.rms_norm, torch.rms_norm})
 _LAYER_NORMS = frozenset({functional.layer_norm, torch.layer_norm})
 _OTHER_STATISTICS = frozenset(
     {
-        *(getattr(torch, name) for name in ("var", "std", "var_mean", "std_mean", "norm", "sum")),
-        *(getattr(torch.Tensor, name) for name in ("var", "std", "norm", "sum")),
+        *(getattr(torch, name) for name in ("var_mean", "std_mean", "norm", "sum")),
+        *(getattr(torch.Tensor, name) for name in ("norm", "sum")),
         *(functional.normalize, functional.group_norm, torch.linalg.vector_norm),
     }
 )

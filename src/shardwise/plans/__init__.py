@@ -9,6 +9,7 @@ from torch import nn
 
 from shardwise.plans import (
     apertus,
+    bitnet,
     completed,
     convolution,
     dbrx,
@@ -40,6 +41,7 @@ CORRECTIONS: Mapping[str, Corrections] = MappingProxyType(
         "bailing_hybrid": completed.delta_and_latent,
         "bamba": completed.bamba,
         "biogpt": decoders.biogpt,
+        "bitnet": bitnet.rules,
         "bloom": decoders.bloom,
         "codegen": decoders.codegen,
         "dbrx": dbrx.rules,

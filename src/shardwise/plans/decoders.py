@@ -7,10 +7,14 @@ from dataclasses import replace
 
 from torch import nn
 
+from shardwise.layers import Cut
+from shardwise.layout import Block
 from shardwise.plan import wildcard
 from shardwise.plans.fused import WITHOUT, Counted, Fused, gathered, separate_attention
 from shardwise.plans.parts import mlp, rule, whole
 from shardwise.spec import Rule
+
+_GROUPS = 4
 
 
 def gpt2(model: nn.Module, prefix: str, size: int) -> list[Rule]:
@@ -45,10 +49,26 @@ def gpt_neo(model: nn.Module, prefix: str, size: int) -> list[Rule]:
 
 
 def codegen(model: nn.Module, prefix: str, size: int) -> list[Rule]:
-    """CodeGen: attention and MLP side by side; q, v and k lie in four groups, for four chips of the hardware it was made on."""
-    reason = "q, v and k lie in four groups, whatever the number of ranks"
-    attention = _gathered(model, prefix, "h.*.attn", ["qkv_proj"], "out_proj", reason)
-    return [*attention, *_mlp(prefix, "h.*.mlp", "fc_in", "fc_out")]
+    """CodeGen: attention and MLP side by side. q, v and k lie in four groups of heads (q v k | q v k | ...), for four chips of the
+    hardware it was made on, and its code looks for four groups, whatever the number of ranks: each rank gets its part of each.
+    """
+    found = _mlp(prefix, "h.*.mlp", "fc_in", "fc_out")
+    for place, module in model.named_modules():
+        if wildcard(place) == "h.*.attn":
+            found += _in_groups(f"{prefix}{place}", int(module.num_attention_heads), int(module.head_dim), size)
+    return found
+
+
+def _in_groups(name: str, heads: int, width: int, size: int) -> list[Rule]:
+    if heads % (_GROUPS * size):
+        return gathered(name, ["qkv_proj"], "out_proj", f"{heads // _GROUPS} heads in each of {_GROUPS} groups of q, v and k")
+    group, local = Block(heads * width // _GROUPS, width), {"num_attention_heads": (heads // size,) * size}
+    rows, columns = Cut(blocks=(group,) * 3 * _GROUPS), Cut(blocks=(group,) * _GROUPS)
+    reason = f"{_GROUPS} groups of q, v and k, each cut between its heads; attention reshapes by this number"
+    return [
+        Rule(f"{name}.qkv_proj", "packed_colwise", "shardwise", rows, parent_attributes=local, reason=reason),
+        Rule(f"{name}.out_proj", "packed_rowwise", "shardwise", columns, reason="reads the local heads of each group"),
+    ]
 
 
 def opt(model: nn.Module, prefix: str, size: int) -> list[Rule]:

@@ -40,12 +40,4 @@ def _sparse_mlps(model: nn.Module, prefix: str) -> list[Rule]:
     reason = "activation sparsity takes the mean and the deviation over the full width"
     mlps = [(name, module) for name, module in model.named_modules() if wildcard(name) == "layers.*.mlp"]
     sparse = [name for name, module in mlps if getattr(module, "activation_sparsity", 0.0)]
-    return [
-        found
-        for name in sparse
-        for found in (
-            rule(f"{prefix}{name}.gate_proj", "colwise_gather_output", reason),
-            rule(f"{prefix}{name}.up_proj", "colwise_gather_output", reason),
-            rule(f"{prefix}{name}.down_proj", "rowwise_split_input", reason),
-        )
-    ]
+    return [rule(f"{prefix}{name}", "sharded_statistics", reason) for name in sparse]
