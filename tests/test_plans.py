@@ -16,6 +16,7 @@ import shardwise
 from figures import gradient_error, gradients
 from shardwise.errors import PlanError
 from shardwise.hf import model_rules
+from shardwise.layers import ShardedNorm
 from shardwise.plans import CORRECTIONS, SORTED_EXPERTS
 from shardwise.spec import Rule
 from shardwise.testing import RankError, RankPool
@@ -97,7 +98,7 @@ def own(name: str) -> dict[str, str]:
 def test_corrections_fit(name):
     """Guards: a correction for a name that the model does not have (a typo, or a release that renamed it)."""
     model = on_meta(name)
-    names = [n for n, _ in (*model.named_modules(), *model.named_parameters())]
+    names = [n for n, _ in (*model.named_modules(), *model.named_parameters(), *model.named_buffers())]
     assert [str(rule) for rule in ours(name) if not any(map(rule.matches, names))] == []
     assert all(rule.reason for rule in ours(name))
 
@@ -123,10 +124,8 @@ def test_transformers_plan_is_the_one_that_we_correct(name):
     ("name", "plan"),
     [
         ("apertus", {"layers.*.mlp.act_fn": "replicate"}),
-        (
-            "gemma3n_text",
-            {"layers.*.mlp.gate_proj": "colwise", "layers.*.mlp.up_proj": "colwise", "layers.*.mlp.down_proj": "rowwise"},
-        ),
+        ("gemma3n_text", {"layers.*.mlp": "local_params"}),
+        ("qwen3_5_text", {"layers.*.linear_attn.norm": "replicate"}),
         ("inkling_text", {"layers.*.mlp.experts.gate_up_proj": "colwise"}),
         ("inkling2_text", {"layers.*.mlp.experts.gate_up_proj": "colwise"}),
         ("inkling_text", {"layers.*.mlp.shared_experts": "all_reduce"}),
@@ -208,11 +207,20 @@ def test_norms_follow_the_projections():
     assert not shardwise.plan(on_meta("qwen3"), 2, {"layers.*.self_attn.q_norm": "replicate"})[norm].partial
 
 
-def test_a_norm_over_all_heads_is_refused_behind_local_ones():
-    """Guards: statistics over a rank's heads in the place of those over all, or a shape error in the first forward."""
-    plan = {f"layers.*.self_attn.{name}_proj": "colwise" for name in "qkv"} | {"layers.*.self_attn.o_proj": "rowwise"}
-    with pytest.raises(PlanError, match=r"q_norm: its statistics are over all 64 features"):
-        shardwise.plan(on_meta("olmo2"), 2, plan)
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_norm_over_all_heads_sums_its_statistics(size):
+    """Guards: statistics over a rank's heads in the place of those over all behind local ones, of a user's rules too; a weight
+    that is not cut as the heads are, or, of a KV head that ranks share, not held by these.
+    """
+    user = {f"layers.*.self_attn.{name}_proj": "colwise" for name in "qkv"} | {"layers.*.self_attn.o_proj": "rowwise"}
+    for plan in (shardwise.plan(on_meta("olmo2"), size), shardwise.plan(on_meta("olmo2"), size, user)):
+        styles = {row.name: row.style for row in plan.modules}
+        for norm, projection in (("q_norm", "q_proj"), ("k_norm", "k_proj")):
+            place = "model.layers.0.self_attn."
+            assert styles[place + norm] is ShardedNorm
+            rows = [plan[f"{place}{one}.weight"] for one in (norm, projection)]
+            pieces = [row.layout.pieces(row.shape, 1, size) for row in rows]
+            assert pieces[0] == pieces[1]
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -49,8 +49,9 @@ def gpt_neo(model: nn.Module, prefix: str, size: int) -> list[Rule]:
 
 
 def codegen(model: nn.Module, prefix: str, size: int) -> list[Rule]:
-    """CodeGen: attention and MLP side by side. q, v and k lie in four groups of heads (q v k | q v k | ...), for four chips of the
-    hardware it was made on, and its code looks for four groups, whatever the number of ranks: each rank gets its part of each.
+    """CodeGen: attention and MLP side by side. q, v and k lie in four groups of heads (q v k | q v k | ...), for four chips of
+    the hardware it was made on, and its code looks for four groups, whatever the number of ranks: each rank gets its part of
+    each.
     """
     found = _mlp(prefix, "h.*.mlp", "fc_in", "fc_out")
     for place, module in model.named_modules():
