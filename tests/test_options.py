@@ -43,34 +43,34 @@ def suites(tmp_path_factory) -> dict[str, Suite]:
 
 
 @pytest.mark.parametrize("name", TYPES)
-def test_one_kv_head_and_more(name, suites, pool2, pool4):
+def test_one_kv_head_and_more(name, suites, shm2, shm4):
     """Guards: a KV head that four ranks keep, with its bias: gradients summed not at all or twice, saved other than once; ties
     (or their lack), biases, norms, caps, experts and pad ids of which the plan knows one form only.
     """
     if not switched(ONE, name):
         pytest.skip("it has none of these options")
-    outcome = suites[ONE].outcome(name, pool4 if "one KV head" in switched(ONE, name) else pool2)
+    outcome = suites[ONE].outcome(name, shm4 if "one KV head" in switched(ONE, name) else shm2)
     assert not isinstance(outcome, PlanError), outcome
     assert outcome.wrong == ()
 
 
 @pytest.mark.parametrize("name", TYPES)
-def test_three_kv_heads_and_more(name, suites, pool2):
+def test_three_kv_heads_and_more(name, suites, shm2):
     """Guards: two KV heads on one rank and one on the other; no pad id; layers without experts, queries without a latent, KV
     layers without projections of their own, and attention masks, of which the plan knows one form only.
     """
     if not switched(THREE, name):
         pytest.skip("it has none of these options")
-    outcome = suites[THREE].outcome(name, pool2)
+    outcome = suites[THREE].outcome(name, shm2)
     assert not isinstance(outcome, PlanError), outcome
     assert outcome.wrong == ()
 
 
 # One for each way in which heads are gathered: the other types of `WHOLE` have the rules of one of these.
 @pytest.mark.parametrize("name", ["doge", "inkling_text", "minimax_m2", "olmo2", "olmo_hybrid", "phi3", "zaya"])
-def test_heads_computed_whole_need_not_divide(name, suites, pool4):
+def test_heads_computed_whole_need_not_divide(name, suites, shm4):
     """Guards: gathered q, k and v that are cut within a head, where 6 heads are on 4 ranks, and come back in another order."""
-    outcome = suites[THREE].outcome(name, pool4)
+    outcome = suites[THREE].outcome(name, shm4)
     assert not isinstance(outcome, PlanError), outcome
     assert outcome.wrong == ()
 

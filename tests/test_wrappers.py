@@ -44,11 +44,11 @@ def document() -> dict[str, tuple[str, ...]]:
 
 @pytest.mark.parametrize("name", wrappers.names())
 @pytest.mark.parametrize("size", [2, 4], ids=["tp2", "tp4"])
-def test_exact(name, size, suite, pool2, pool4):
+def test_exact(name, size, suite, shm2, shm4):
     """Guards: a wrapper whose text model is cut otherwise inside it than alone, features that some rank has other ones of, a
     tower's gradient that is a part on each rank, a checkpoint that lacks the tower.
     """
-    outcome = suite.outcome(name, {2: pool2, 4: pool4}[size])
+    outcome = suite.outcome(name, {2: shm2, 4: shm4}[size])
     assert not isinstance(outcome, PlanError), outcome
     assert outcome.wrong == ()
 
