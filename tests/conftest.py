@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import Iterator
 
@@ -14,6 +15,9 @@ from hypothesis import settings
 
 import gpus
 from shardwise.testing import RankPool, run_threads
+
+# What every rank imports, once for all that are forked.
+multiprocessing.set_forkserver_preload(["shardwise", "shardwise.testing.worker", "parity.suite"])
 
 # No deadline: how long an example takes says more about the machine than about the code.
 settings.register_profile("shardwise", max_examples=300, deadline=None)
@@ -37,14 +41,14 @@ def pool4() -> Iterator[RankPool]:
 @pytest.fixture(scope="session")
 def shm2() -> Iterator[RankPool]:
     """Two processes that exchange through shared memory, as `torchrun` gives them on CPUs."""
-    with RankPool(2, backend="cpu:shm") as pool:
+    with RankPool(2, backend="cpu:shm", start_method="forkserver") as pool:
         yield pool
 
 
 @pytest.fixture(scope="session")
 def shm4() -> Iterator[RankPool]:
-    """Four of them. Cheaper than `pool4`: gloo's threads spin, and share the cores with whom they wait for."""
-    with RankPool(4, backend="cpu:shm") as pool:
+    """Four of them. Cheaper than `pool4`: gloo's threads spin, and share the cores with whom they wait for. And forked."""
+    with RankPool(4, backend="cpu:shm", start_method="forkserver") as pool:
         yield pool
 
 

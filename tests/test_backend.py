@@ -44,7 +44,7 @@ def _started(devices: dict[str, str]) -> tuple[str, int, list[str]]:
 @pytest.fixture(scope="module")
 def unstarted():
     """Two processes without a process group."""
-    with RankPool(2, backend=None) as pool:
+    with RankPool(2, backend=None, start_method="forkserver") as pool:
         yield pool
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,14 +17,14 @@ import shardwise
 from figures import gradient_error, gradients
 from models import batches
 from parity.job import GRADIENTS, LOGITS
-from parity.types import build, types
+from parity.types import build, planned
 from shardwise import tiny
 from shardwise.errors import MeshError, PlanError, ShardwiseError
 from shardwise.layers import EpDispatchExperts
 from shardwise.parallelize import required_state
 from shardwise.plan import wildcard
 from shardwise.plans import SORTED_EXPERTS
-from shardwise.testing import RankError
+from shardwise.testing import RankError, RankPool
 
 TRAVEL = "ep_all_to_all_experts"
 
@@ -43,7 +44,7 @@ WITHOUT_EXPERTS = ("gemma4_text",)
 """Types that have experts only where an option says so: `test_gemma4_with_experts`."""
 
 DEALT = sorted(
-    {name for name in types() if getattr(CONFIG_MAPPING[name], "base_model_ep_plan", None)} - {*WITHOUT_EXPERTS}
+    {name for name in planned() if getattr(CONFIG_MAPPING[name], "base_model_ep_plan", None)} - {*WITHOUT_EXPERTS}
     | {"dbrx", "llama4", *SORTED_EXPERTS}
 )
 
@@ -252,17 +253,24 @@ def wrapped(path: Path, how: str) -> Tensor:
     return output if how == "around" else output.logits
 
 
-def test_ddp_around_a_compiled_model(pool2, checkpoint):
+@pytest.fixture
+def fresh2() -> Iterator[RankPool]:
+    """Two processes that nobody has used, nor will: DDP's hooks stay."""
+    with RankPool(2, start_method="forkserver") as pool:
+        yield pool
+
+
+def test_ddp_around_a_compiled_model(fresh2, checkpoint):
     """Guards: names of dealt experts that DDP does not know, so that it makes them all the first replica's."""
     expected = loaded(checkpoint("mixtral"), None)(batches()[0].input_ids).logits
-    for logits in pool2.run(wrapped, checkpoint("mixtral"), "compiled", fresh=True):
+    for logits in fresh2.run(wrapped, checkpoint("mixtral"), "compiled"):
         assert (logits - expected).abs().max() < LOGITS
 
 
-def test_ddp_around_another_module_is_refused(pool2, checkpoint):
+def test_ddp_around_another_module_is_refused(fresh2, checkpoint):
     """Guards: the same, where the module that DDP is given cannot tell it: silently other experts."""
     with pytest.raises(RankError) as caught:
-        pool2.run(wrapped, checkpoint("mixtral"), "around", fresh=True)
+        fresh2.run(wrapped, checkpoint("mixtral"), "around")
     assert isinstance(caught.value.__cause__, ShardwiseError)
     assert "those of the first one" in str(caught.value.__cause__)
 

@@ -179,7 +179,9 @@ def _own_loop(output: str) -> tuple[list[int], str]:
 
 def test_a_loop_of_ones_own(tmp_path: Path) -> None:
     """Guards: a late rank that is not named, in the traces of whoever has a loop already."""
-    with RankPool(2, backend=None) as pool:  # with one process group: the shared ones may have more by now
+    with RankPool(
+        2, backend=None, start_method="forkserver"
+    ) as pool:  # with one process group: the shared ones may have more by now
         (calls, shown), (_, nothing) = pool.run(_own_loop, str(tmp_path))
     assert calls == [sum(OURS.values())] * 2
     assert nothing == ""

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.timeout(120)
 @pytest.fixture(scope="module")
 def groups():
     """Groups of up to four ranks."""
-    with RankPool(4, backend=None) as pool:
+    with RankPool(4, backend=None, start_method="forkserver") as pool:
         yield Groups(pool)
 
 

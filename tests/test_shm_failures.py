@@ -24,7 +24,7 @@ pytestmark = pytest.mark.timeout(120)
 @pytest.fixture(scope="module")
 def forks():
     """Forks of a process that does nothing else."""
-    with RankPool(1, backend=None) as pool:
+    with RankPool(1, backend=None, start_method="forkserver") as pool:
         yield Forks(pool)
 
 

@@ -18,7 +18,7 @@ LONG = 500_000  # more than a mailbox holds
 @pytest.fixture(scope="module")
 def groups():
     """Groups of up to three ranks."""
-    with RankPool(3, backend=None) as pool:
+    with RankPool(3, backend=None, start_method="forkserver") as pool:
         yield Groups(pool)
 
 

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.timeout(120)
 @pytest.fixture(scope="module")
 def unstarted():
     """Two processes, of which each run forms a group."""
-    with RankPool(2, backend=None) as pool:
+    with RankPool(2, backend=None, start_method="forkserver") as pool:
         yield pool
 
 
@@ -97,6 +97,6 @@ def _step() -> list[torch.Tensor]:
 
 def test_a_model_trains_as_over_gloo(pool2):
     """Guards: what only the whole package asks of a process group."""
-    with RankPool(2, backend="cpu:shm") as pool:
+    with RankPool(2, backend="cpu:shm", start_method="forkserver") as pool:
         for ours, theirs in zip(pool.run(_step), pool2.run(_step), strict=True):
             torch.testing.assert_close(ours, theirs)

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.timeout(120)
 @pytest.fixture(scope="module")
 def shm2():
     """Two ranks on a default group of shared memory."""
-    with RankPool(2, backend="cpu:shm") as pool:
+    with RankPool(2, backend="cpu:shm", start_method="forkserver") as pool:
         yield pool
 
 

@@ -169,7 +169,7 @@ def test_failure_on_every_rank_keeps_the_processes(pool2):
 @pytest.fixture(scope="module")
 def broken() -> Iterator[RankPool]:
     """A pool that each test leaves without processes, and in which the next one has to find new ones."""
-    with RankPool(2, grace=0.3) as pool:
+    with RankPool(2, grace=0.3, start_method="forkserver") as pool:
         yield pool
 
 

@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but missing in __all__
 
@@ -32,7 +32,7 @@ _START = 300.0
 
 @dataclass(frozen=True, slots=True)
 class _Worker:
-    process: SpawnProcess
+    process: BaseProcess
     channel: Connection
     stacks: Path
 
@@ -52,16 +52,28 @@ class RankPool:
             processes see no GPU, so that what chooses a device by itself chooses the CPU.
         grace: seconds that the others may still take once a rank has failed. They mostly fail for the same reason, or wait for
             the failed rank for ever.
+        start_method: multiprocessing's. "spawn": each process starts Python anew, as torchrun's do, which costs each several
+            seconds of imports. "forkserver": they are forked from one that has what
+            `multiprocessing.set_forkserver_preload` names, and come up at once; sets of strings are then in the same order on
+            all ranks, as they need not be elsewhere. Not with "cuda".
     """
 
     def __init__(
-        self, size: int, *, timeout: float = 120.0, backend: str | None = "gloo", device: str = "cpu", grace: float = 3.0
+        self,
+        size: int,
+        *,
+        timeout: float = 120.0,
+        backend: str | None = "gloo",
+        device: str = "cpu",
+        grace: float = 3.0,
+        start_method: str = "spawn",
     ) -> None:
         self.size = size
         self.timeout = timeout
         self.backend = backend
         self.device = device
         self.grace = grace
+        self.start_method = start_method
         self._workers: list[_Worker] = []
         self._store: TCPStore | None = None
         self._directory: tempfile.TemporaryDirectory[str] | None = None
@@ -122,17 +134,18 @@ class RankPool:
         self._directory = tempfile.TemporaryDirectory(prefix="shardwise-ranks-")
         # The parent holds the store, as torchrun's agent does, on a port that the system chooses: no race for a free one.
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        context = multiprocessing.get_context("spawn")
+        context: Any = multiprocessing.get_context(self.start_method)
         for rank in range(self.size):
             ours, theirs = context.Pipe()
             stacks = Path(self._directory.name, f"rank{rank}.txt")
+            variables = _torchrun_variables(rank, self.size, self._store.port) | _visible(self.device)
             process = context.Process(
                 target=work,
-                args=(theirs, rank, self.size, self.backend, self.device, str(stacks)),
+                args=(theirs, rank, self.size, self.backend, self.device, str(stacks), variables),
                 name=f"rank{rank}",
                 daemon=True,
             )
-            with _environment(_torchrun_variables(rank, self.size, self._store.port) | _visible(self.device)):
+            with _environment(variables):  # before it imports anything
                 process.start()
             theirs.close()  # so that the end of the worker is the end of the channel
             self._workers.append(_Worker(process, ours, stacks))

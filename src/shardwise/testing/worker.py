@@ -13,11 +13,12 @@ import pickle
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from multiprocessing import connection, parent_process
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -66,7 +67,15 @@ def dump(value: object) -> bytes:
     return buffer.getvalue()
 
 
-def work(channel: connection.Connection, rank: int, size: int, backend: str | None, device: str, stacks: str) -> None:
+def work(
+    channel: connection.Connection,
+    rank: int,
+    size: int,
+    backend: str | None,
+    device: str,
+    stacks: str,
+    variables: Mapping[str, str],
+) -> None:
     """A worker's life: join the default process group, then run one `Job` after the other until the parent hangs up.
 
     Args:
@@ -74,7 +83,10 @@ def work(channel: connection.Connection, rank: int, size: int, backend: str | No
         backend: of the default process group; None starts without one.
         device: the kind on which this rank computes; of several, the one with the rank's number.
         stacks: the file into which SIGUSR1 writes where every thread stands.
+        variables: of the environment, which a forked process has not got from its parent.
     """
+    os.environ.update(variables)
+    np.random.seed()  # a forked process would draw what the others draw
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which then closes the pool
     threading.Thread(target=_follow_parent, daemon=True).start()
     torch.set_num_threads(1)
