@@ -13,7 +13,7 @@ from parity.job import Measured, compare
 from parity.sizes import RANKS, RealSize, real_size
 from parity.suite import Suite
 from parity.table import written
-from parity.types import ELSEWHERE, types
+from parity.types import every, planned
 from shardwise.errors import PlanError
 from shardwise.testing import RankError, RankPool
 
@@ -40,7 +40,7 @@ def document() -> dict[str, tuple[str, ...]]:
     return written(DOCUMENT.read_text())
 
 
-@pytest.mark.parametrize("name", types())
+@pytest.mark.parametrize("name", planned())
 @pytest.mark.parametrize("size", [2, 4], ids=["tp2", "tp4"])
 def test_exact(name, size, suite, shm2, shm4):
     """Guards: a type whose logits, loss, gradients (one or two micro-batches), tokens or saved bytes are not one process's."""
@@ -51,12 +51,12 @@ def test_exact(name, size, suite, shm2, shm4):
 
 def test_types():
     """Guards: a release whose types or plans are others, which nobody would notice; a check that goes through no type."""
-    assert len(types()) == 121
-    assert "aria_text" in types()
-    assert not ELSEWHERE.keys() & set(types())
+    assert len(planned()) == 121
+    assert "aria_text" in planned()
+    assert len(every()) == 189
 
 
-@pytest.mark.parametrize("name", types())
+@pytest.mark.parametrize("name", planned())
 def test_even_at_real_size(name):
     """Guards: a part of a model that every rank keeps whole, and no rule says why; a plan that cuts less than it did."""
     size = real_size(name)
@@ -64,7 +64,7 @@ def test_even_at_real_size(name):
     assert size.share <= EVEN or name in UNEVEN
 
 
-@pytest.mark.parametrize("name", types())
+@pytest.mark.parametrize("name", planned())
 def test_document(name, document):
     """Guards: docs/architectures.md out of date; `make parity` writes it."""
     assert name in document, "run `make parity`"
@@ -74,7 +74,7 @@ def test_document(name, document):
 
 def test_document_has_no_other_types(document):
     """Guards: a type that is gone, or twice there."""
-    assert list(document) == list(types())
+    assert list(document) == list(planned())
 
 
 def test_real_size_names_what_is_whole():

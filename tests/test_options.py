@@ -13,10 +13,10 @@ import pytest
 import shardwise
 from parity.options import GROUPS, build, switched
 from parity.suite import Suite
-from parity.types import on_meta, types
+from parity.types import on_meta, planned
 from shardwise.errors import PlanError
 
-TYPES = [name for name in types() if name != "llama4"]  # its language model is llama4_text, whose config it holds
+TYPES = [name for name in planned() if name != "llama4"]  # its language model is llama4_text, whose config it holds
 ONE, THREE = GROUPS
 WHOLE = {
     "doge",

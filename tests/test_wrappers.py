@@ -18,7 +18,7 @@ import shardwise
 from parity import wrappers
 from parity.suite import Suite
 from parity.table import written
-from parity.types import types
+from parity.types import planned
 from parity.wrapper_table import ELSEWHERE, TITLE, size_of
 from parity.wrappers import WRAPPERS
 from shardwise.errors import PlanError
@@ -95,7 +95,7 @@ def test_the_tower_is_read(name, suite):
     assert not torch.allclose(logits[0], logits[1], atol=1e-3)
 
 
-@pytest.mark.parametrize("name", sorted(CORRECTIONS.keys() - TINY.keys() - set(types())))
+@pytest.mark.parametrize("name", sorted(CORRECTIONS.keys() - TINY.keys() - set(planned())))
 def test_corrections_fit(name):
     """Guards: a correction of a text model or a tower that no wrapper here has, or for a name that it does not have."""
     wrapper = next(key for key, found in WRAPPERS.items() if name in (found.text, *(kind for kind, _ in found.towers.values())))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -14,37 +15,32 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging
 
 from figures import gradient_error, gradients, held_in_common
-from models import Batch, batches
+from parity.calls import text_only
 from shardwise.loading import from_pretrained
+from shardwise.plan import Plan
 
 LOGITS = 1e-4  # float32 sums of some 100 terms of order 1 differ by 1e-6; a lost or doubled term is of order 1e-2 at least
 LOSS = 1e-5
 GRADIENTS = 1e-3  # relative; what is not summed, or summed twice, is wrong by half of itself or by itself
 
 
-def text_only() -> tuple[dict[str, Tensor], ...]:
-    """Two micro-batches of ids, masks and labels; the second is padded on the left."""
-    return tuple(inputs(batch) for batch in batches()[:2])
-
-
-def inputs(batch: Batch) -> dict[str, Tensor]:
-    """What a model is called with."""
-    return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": batch.labels}
-
-
 @dataclass(frozen=True)
 class Subject:
-    """What loads a type, by name, and the two micro-batches that it is called with."""
+    """What loads a type, by name, the two micro-batches that it is called with, what every call has besides, and whether it
+    generates.
+    """
 
     auto: str = "AutoModelForCausalLM"
     feeds: tuple[dict[str, Tensor], ...] = field(default_factory=text_only)
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    generates: bool = True
 
 
 @dataclass(frozen=True)
 class Measured:
     """What one process or rank finds, of two micro-batches. The gradients, after each of them, are on the first rank alone.
 
-    `share`: the bytes of the fullest rank, times the ranks, over those of the model.
+    `plan`: of the shards; None of the plain model.
     """
 
     logits: list[Tensor]
@@ -52,7 +48,7 @@ class Measured:
     gradients: list[dict[str, Tensor] | None]
     common: list[dict[str, Tensor]]
     tokens: Tensor
-    share: float = 1.0
+    plan: Plan | None = None
 
 
 @dataclass(frozen=True)
@@ -61,8 +57,14 @@ class Outcome:
 
     logits: float
     gradients: float
-    share: float
+    plan: Plan
     wrong: tuple[str, ...]
+
+    @property
+    def share(self) -> float:
+        """The bytes of the fullest rank, times the ranks, over those of the model."""
+        plan = self.plan
+        return max(map(plan.local_bytes, range(plan.size))) * plan.size / plan.full_bytes
 
 
 def measure_plain(path: Path, subject: Subject) -> Measured:
@@ -71,7 +73,7 @@ def measure_plain(path: Path, subject: Subject) -> Measured:
         return _measure(_kind(path, subject).from_pretrained(path, dtype=torch.float32), subject)
 
 
-def measure_sharded(path: Path, saved: Path, subject: Subject, plan: str = "auto") -> Measured:
+def measure_sharded(path: Path, saved: Path, subject: Subject, plan: str | Plan = "auto") -> Measured:
     """On every rank, of its shards, which are saved to `saved`."""
     with quiet():
         model = from_pretrained(_kind(path, subject), path, dtype=torch.float32, tp_plan=plan)
@@ -92,7 +94,8 @@ def compare(ranks: Sequence[Measured], plain: Measured, loaded: Path, saved: Pat
     files = sorted({path.name for at in (loaded, saved) for path in at.iterdir()})
     changed = [name for name in files if _bytes(loaded / name) != _bytes(saved / name)]
     wrong += [f"saved {', '.join(changed)} other than loaded"] if changed else []
-    return Outcome(logits, gradient, ranks[0].share, tuple(wrong))
+    assert ranks[0].plan is not None
+    return Outcome(logits, gradient, ranks[0].plan, tuple(wrong))
 
 
 def _kind(path: Path, subject: Subject) -> type:
@@ -106,23 +109,22 @@ def _measure(model: PreTrainedModel, subject: Subject) -> Measured:
     model.train()
     for feed in subject.feeds:
         torch.manual_seed(0)  # for a router that draws
-        output = model(**feed)
+        output = model(**feed, **subject.arguments)
         output.loss.backward()
         logits.append(output.logits.detach())
         losses.append(output.loss.detach())
         accumulated.append(gradients(model))
         common.append({name: gradient.clone() for name, gradient in held_in_common(model).items() if gradient is not None})
     model.zero_grad()
+    tokens = _generated(model.eval(), subject) if subject.generates else torch.empty(0)
+    return Measured(
+        logits, losses, accumulated, common, tokens, model._shardwise.plan if hasattr(model, "_shardwise") else None
+    )
+
+
+def _generated(model: PreTrainedModel, subject: Subject) -> Tensor:
     prompt = {name: tensor for name, tensor in subject.feeds[0].items() if name != "labels"}
-    tokens = model.eval().generate(**prompt, max_new_tokens=8, min_new_tokens=8, do_sample=False)
-    return Measured(logits, losses, accumulated, common, tokens, _share(model))
-
-
-def _share(model: PreTrainedModel) -> float:
-    if not hasattr(model, "_shardwise"):
-        return 1.0
-    plan = model._shardwise.plan
-    return max(plan.local_bytes(rank) for rank in range(plan.size)) * plan.size / plan.full_bytes
+    return model.generate(**prompt, **subject.arguments, max_new_tokens=8, min_new_tokens=8, do_sample=False)
 
 
 def _compare_gradients(

@@ -8,9 +8,11 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+import shardwise
 from parity import types
 from parity.job import Measured, Outcome, Subject, compare, measure_plain, measure_sharded, quiet
 from shardwise.errors import PlanError
+from shardwise.plan import Plan
 from shardwise.testing import RankError, RankPool
 
 TIMEOUT = 60.0
@@ -23,16 +25,18 @@ class Suite:
         build: makes the tiny model of a type.
         subject: says how a type is loaded and called.
         plan: which plan it is loaded with.
+        found_once: says of which types the plan is made in this process, for all ranks, since it takes long.
     """
 
     def __init__(
         self,
         directory: Path,
         build: Callable[[str], PreTrainedModel] = types.build,
-        subject: Callable[[str], Subject] = lambda name: Subject(),
+        subject: Callable[[str], Subject] = types.subject,
         plan: str = "auto",
+        found_once: Callable[[str], bool] = lambda name: False,
     ) -> None:
-        self.directory, self.plan = directory, plan
+        self.directory, self.plan, self.found_once = directory, plan, found_once
         self.build, self.subject = build, subject
         self.plain = cache(self._plain)
 
@@ -43,12 +47,18 @@ class Suite:
         """
         plain, saved = self.plain(name), self.directory / f"{name} on {pool.size}"
         try:
-            ranks = pool.run(measure_sharded, self.directory / name, saved, self.subject(name), self.plan, timeout=TIMEOUT)
+            plan = self._plan(name, pool.size)
+            ranks = pool.run(measure_sharded, self.directory / name, saved, self.subject(name), plan, timeout=TIMEOUT)
+        except PlanError as error:
+            return error
         except RankError as error:
             if isinstance(error.__cause__, PlanError):
                 return error.__cause__
             raise
         return compare(ranks, plain, self.directory / name, saved)
+
+    def _plan(self, name: str, size: int) -> str | Plan:
+        return shardwise.plan(self.build(name), size, self.plan) if self.found_once(name) else self.plan
 
     def _plain(self, name: str) -> Measured:
         with quiet():

@@ -1,4 +1,4 @@
-"""Every causal-LM type of transformers that has a plan, as a tiny model and at its default sizes."""
+"""Every causal-LM type of transformers, as a tiny model, and at its default sizes those that have a plan."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from parity.calls import CALLS, Call
+from parity.job import Subject
 from shardwise import tiny
 from shardwise.tiny.sizes import MROPE
 
@@ -76,12 +78,26 @@ OURS = (
 
 def build(name: str, **options: object) -> PreTrainedModel:
     """The tiny model in float32, the same in every process, with these options of its config besides those it needs."""
-    model = tiny.build(tiny.PARTS.get(name, name), **options)
+    needed = CALLS[name].options if name in CALLS else {}
+    model = tiny.build(tiny.PARTS.get(name, name), **{**_without_dropout(name), **needed, **options})
     pad = getattr(model.config, "pad_token_id", None)
     if name == "youtu" and pad is not None:  # loading zeroes the pad token's row, so a checkpoint saved again has zeros there
         with torch.no_grad():
             model.get_input_embeddings().weight[pad] = 0
     return model
+
+
+@cache
+def _without_dropout(name: str) -> dict[str, object]:
+    """A checkpoint's config must say so, too: what is loaded drops out what the config says."""
+    config = type(AutoConfig.for_model(tiny.PARTS.get(name, name)))
+    return {key: 0.0 for key, value in vars(config).items() if "drop" in key and isinstance(value, float) and value}
+
+
+def subject(name: str) -> Subject:
+    """How a type is loaded and called."""
+    call = CALLS.get(name, Call())
+    return Subject(feeds=call.feeds(), arguments=call.arguments, generates=call.generates)
 
 
 def on_meta(name: str, **options: object) -> PreTrainedModel:
@@ -106,9 +122,15 @@ def default(name: str) -> PreTrainedConfig:
 
 
 @cache
-def types() -> tuple[str, ...]:
-    """Every causal-LM type whose config has a plan for tensor parallelism, and `OURS`, in alphabetical order."""
-    return tuple(sorted(filter(_has_plan, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)))
+def every() -> tuple[str, ...]:
+    """Every causal-LM type, in alphabetical order."""
+    return tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+
+
+@cache
+def planned() -> tuple[str, ...]:
+    """Those whose config has a plan for tensor parallelism, and `OURS`."""
+    return tuple(filter(_has_plan, every()))
 
 
 def _has_plan(name: str) -> bool:
