@@ -27,6 +27,7 @@ from shardwise.infer import infer_plan, prove
 from shardwise.layers import ParallelStyle
 from shardwise.layers.registry import register_style
 from shardwise.plan import Plan
+from shardwise.plan_file import load_plan
 from shardwise.profiling import profile, profiler
 from shardwise.state import full_gradients, full_state_dict
 from shardwise.training import clip_grad_norm_
@@ -62,6 +63,7 @@ __all__ = [
     "full_gradients",
     "full_state_dict",
     "infer_plan",
+    "load_plan",
     "parallelize",
     "plan",
     "profile",

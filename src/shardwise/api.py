@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -36,6 +37,7 @@ from shardwise.parallelize import (
     take_adapters_out,
 )
 from shardwise.plan import Plan
+from shardwise.plan_file import Written, is_plan_file, read
 from shardwise.rendezvous import START_TIMEOUT, meet
 from shardwise.replicas import check_same_weights, digest, first_difference
 from shardwise.resolve import resolve
@@ -46,7 +48,7 @@ from shardwise.state import gather_full
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-PlanLike = str | Mapping[str, str] | Plan
+PlanLike = str | os.PathLike[str] | Mapping[str, str] | Plan
 
 
 def make_plan(
@@ -60,7 +62,7 @@ def make_plan(
         tp_size: ranks on the tp axis.
         plan: `"auto"` for the model's own plan with our corrections, or `"infer"` where there is none; `"infer"` for one that
             is found from what the model computes, and proven (see `shardwise.infer_plan`); a dict of pattern: style, merged
-            over the model's own; or a `Plan`.
+            over the model's own; a `Plan`; or the path of a file that `Plan.save` wrote, ending in ".json" (or of such a dict).
         ep_size: ranks over which experts are dealt: `tp_size`, or a multiple of it; None to split every expert instead.
 
     Raises `PlanError` where it can't be done, naming the module, the numbers and the rule.
@@ -69,6 +71,9 @@ def make_plan(
         raise PlanError(f"tp_size={tp_size}: the number of ranks on the tp axis is at least 1.")
     ep_size = asked_ep_size(plan, ep_size)
     model = build_on_meta(model_or_config) if isinstance(model_or_config, PreTrainedConfig) else model_or_config
+    if is_plan_file(plan):
+        found = read(plan)  # type: ignore[arg-type]
+        plan = found.resolved(model) if isinstance(found, Written) else found
     if isinstance(plan, Plan):
         return _given(plan, tp_size, ep_size)
     if isinstance(plan, str) and plan == "infer":
@@ -132,7 +137,7 @@ def parallelize(
         state = model_state(inner, table, axis, expert_axis(axis, table.ep_size), overlap, sequence_parallel)
         meet(state.ep, "parallelize", START_TIMEOUT)
         check_same_weights(inner, state.ep)
-        if isinstance(plan, str) and plan == "infer":
+        if isinstance(plan, str | os.PathLike) and plan != "auto":
             _check_same_plan(table, state.ep)
         device = local_device(axis)
 
@@ -164,13 +169,13 @@ def unparallelize(model: nn.Module) -> nn.Module:
 
 
 def _check_same_plan(table: Plan, mesh: DeviceMesh) -> None:
-    """Raise `MismatchError`, on every rank, when ranks inferred different plans. Collective."""
+    """Raise `MismatchError`, on every rank, when ranks inferred or read different plans. Collective."""
     number = digest(*sorted(map(repr, (*table.tensors, *table.modules))))
     if (rank := first_difference(torch.tensor([number]), mesh)) is not None:
         raise MismatchError(
             describe(
-                f"Rank {rank} inferred another plan than rank 0.",
-                either=["the same model, versions and inputs on every rank, or", "a plan that one rank infers and sends"],
+                f"Rank {rank} has another plan than rank 0.",
+                either=["the same model, versions, inputs and files on every rank, or", "a plan that one rank makes and sends"],
             )
         )
 
@@ -187,8 +192,9 @@ def asked_ep_size(plan: PlanLike | None, ep_size: object) -> int | None:
     """To how many ranks experts are to be dealt, by `ep_size` or by a `Plan` of more ranks than tp's; None for 1, which deals
     nothing. Raises `PlanError` for what is no number of ranks.
     """
-    if ep_size is None and isinstance(plan, Plan) and plan.ep_size > plan.size:
-        return plan.ep_size
+    given = read(plan) if is_plan_file(plan) else plan  # type: ignore[arg-type]
+    if ep_size is None and isinstance(given, Plan | Written) and given.ep_size > given.size:
+        return given.ep_size
     if ep_size is not None and (not isinstance(ep_size, int) or isinstance(ep_size, bool) or ep_size < 1):
         raise PlanError(f"ep_size={ep_size!r}: the number of ranks to which experts are dealt is an integer of at least 1.")
     return None if ep_size == 1 else ep_size
@@ -256,14 +262,18 @@ def _check_experts(model: nn.Module, tp_size: int, ep_size: int | None, rules: l
         )
 
 
-def _user_rules(model: nn.Module, plan: str | Mapping[str, str]) -> list[Rule]:
+def _user_rules(model: nn.Module, plan: str | os.PathLike[str] | Mapping[str, str]) -> list[Rule]:
     if plan == "auto":
         return []
     if not isinstance(plan, Mapping):
         raise PlanError(
             describe(
                 f"tp_plan={plan!r} is not a plan.",
-                either=['"auto" or "infer", or', 'a dict such as {"layers.*.self_attn.q_proj": "colwise"}'],
+                either=[
+                    '"auto" or "infer", or',
+                    'a file: "plan.json", or',
+                    'a dict such as {"layers.*.self_attn.q_proj": "colwise"}',
+                ],
             )
         )
     names = {name for name, _ in (*model.named_modules(), *model.named_parameters())}

@@ -66,9 +66,8 @@ def from_pretrained(
     Args:
         auto_class: a transformers Auto class, or a concrete model class.
         path_or_id: a directory with safetensors files, or a hub id.
-        tp_plan: `"auto"`, a dict of pattern: style merged over the model's own plan, or a `Plan`. Without it, and without
-            `tp_size`
-            and `device_mesh`, the call is transformers' own.
+        tp_plan: `"auto"`, `"infer"`, a dict of pattern: style merged over the model's own plan, a `Plan`, or the path of a file
+            that one was saved to. Without it, and without `tp_size` and `device_mesh`, the call is transformers' own.
         tp_size: ranks on the tp axis, by default all processes.
         device_mesh: the caller's mesh (one-dimensional, or with an axis named "tp").
         ep_size: ranks over which experts are dealt: those of the tp axis, or a multiple of them.

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -43,7 +44,8 @@ def resolve(model: nn.Module, rules: Sequence[Rule], size: int, ep_size: int | N
     resolver.assign(rules)
     resolver.rules |= head_norms(resolver.modules, resolver.rules, size)
     rows = tuple(resolver.rows())
-    return Plan(size, rows, tuple(resolver.module_rows({row.name: row for row in rows})), resolver.ep_size)
+    modules = tuple(resolver.module_rows({row.name: row for row in rows}))
+    return Plan(size, rows, modules, resolver.ep_size, resolver.rules)
 
 
 @dataclass
@@ -123,8 +125,18 @@ class _Resolver:
             options = style.options(module, self.modules[parent])
             region = regions.get(parent) if style.opens_region or style.closes_region else None
             transposed = stores_transposed(module)
+            whole = {key: _read(module, key) for key in attributes}
             yield ModuleSpec(
-                name, style, rule, attributes, options, transposed, region is not None, bool(region), _axis(style, own)
+                name,
+                style,
+                rule,
+                attributes,
+                options,
+                transposed,
+                region is not None,
+                bool(region),
+                _axis(style, own),
+                whole=whole,
             )
 
     def _row(self, name: str) -> ShardSpec:
@@ -287,8 +299,8 @@ def _join(parent: str, child: str) -> str:
     return f"{parent}.{child}" if parent else child
 
 
-def _read(module: nn.Module, attribute: str) -> object:
-    value: object = module
+def _read(module: nn.Module, attribute: str) -> Any:
+    value: Any = module
     for part in attribute.split("."):
         value = getattr(value, part, None)
     return value

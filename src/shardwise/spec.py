@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
@@ -124,6 +125,7 @@ class ModuleSpec:
         axis: the ranks that its parameters lie on.
         around: what a sequence-parallel model has in front of the style.
         stream_parameters: of a decoder layer of such a model, the parameters inside of it that see a slice of the positions.
+        whole: the attributes as they are in one process.
     """
 
     name: str
@@ -137,3 +139,9 @@ class ModuleSpec:
     axis: Axis = "tp"
     around: type[ParallelStyle] | None = None
     stream_parameters: tuple[str, ...] = ()
+    whole: Mapping[str, int | None] = field(default_factory=dict)
+
+
+def wildcard(name: str) -> str:
+    """`name` with each segment that is a number as `*`: "model.layers.0.mlp.fc1" gives "model.layers.*.mlp.fc1"."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)

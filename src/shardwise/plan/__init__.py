@@ -1,5 +1,7 @@
 """The table that everything reads, and how it is shown."""
 
-from shardwise.plan.table import Plan, wildcard
+from shardwise.plan.lines import Line, expand
+from shardwise.plan.table import Plan
+from shardwise.spec import wildcard
 
-__all__ = ["Plan", "wildcard"]
+__all__ = ["Line", "Plan", "expand", "wildcard"]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import re
+import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
-from shardwise.plan import show
+from shardwise.plan import lines, show
 from shardwise.report import as_text
-from shardwise.spec import ModuleSpec, ShardSpec
+from shardwise.spec import ModuleSpec, Rule, ShardSpec, wildcard
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,14 @@ class Plan:
         tensors: a row for every parameter and buffer, whole ones included; tied parameters have one.
         modules: a row for every module that becomes parallel.
         ep_size: ranks over which experts are dealt, `size` or a multiple of it; by default `size`.
+        rules: the rule that holds for each module and tensor that one names: what `save` writes.
     """
 
     size: int
     tensors: tuple[ShardSpec, ...]
     modules: tuple[ModuleSpec, ...]
     ep_size: int = 0
+    rules: Mapping[str, Rule] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ep_size", self.ep_size or self.size)
@@ -103,11 +106,14 @@ class Plan:
     def __str__(self) -> str:
         return as_text(*show.text(self))
 
+    def to_json(self) -> str:
+        """The rules as text to read, edit and load again: alike layers in one line. See `shardwise.load_plan`."""
+        return lines.to_json(self)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write `to_json()` to a file, whose name should end in ".json"."""
+        Path(path).write_text(self.to_json(), encoding="utf-8")
+
     def to_html(self) -> str:
         """The table as a page that stands alone."""
         return show.page(self).to_html()
-
-
-def wildcard(name: str) -> str:
-    """`name` with each segment that is a number as `*`: "model.layers.0.mlp.fc1" gives "model.layers.*.mlp.fc1"."""
-    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
