@@ -18,11 +18,12 @@ from shardwise.hf import (
     base_prefixes,
     build_on_meta,
     check_head,
+    frozen_model_rules,
     has_expert_plan,
     hidden_states_are_recorded,
     model_rules,
 )
-from shardwise.infer import infer_plan, plan_unknown
+from shardwise.infer import LEAST, cut_share, infer_plan, plan_unknown
 from shardwise.layers import ColwiseParallel, Stream
 from shardwise.layers.registry import style_named
 from shardwise.mesh import expert_axis, local_device, tp_mesh
@@ -60,9 +61,10 @@ def make_plan(
         model_or_config: a model (its tensors may be on meta), or a transformers config, of which the model is built on meta:
             the causal LM, or the model around one that reads images or sounds.
         tp_size: ranks on the tp axis.
-        plan: `"auto"` for the model's own plan with our corrections, or `"infer"` where there is none; `"infer"` for one that
-            is found from what the model computes, and proven (see `shardwise.infer_plan`); a dict of pattern: style, merged
-            over the model's own; a `Plan`; or the path of a file that `Plan.save` wrote, ending in ".json" (or of such a dict).
+        plan: `"auto"` for the model's own plan with our corrections; where there is none, for the one that is frozen for its
+            type, or else `"infer"`. `"infer"` for one that is found from what the model computes, and proven (see
+            `shardwise.infer_plan`); a dict of pattern: style, merged over the model's own; a `Plan`; or the path of a file that
+            `Plan.save` wrote, ending in ".json" (or of such a dict).
         ep_size: ranks over which experts are dealt: `tp_size`, or a multiple of it; None to split every expert instead.
 
     Raises `PlanError` where it can't be done, naming the module, the numbers and the rule.
@@ -84,7 +86,7 @@ def make_plan(
     _check_experts(model, tp_size, ep_size, rules)
     brought = model_rules(model, tp_size, expert_parallel=ep_size is not None)
     if plan == "auto" and not brought and tp_size > 1 and ep_size is None and isinstance(model, PreTrainedModel):
-        return plan_unknown(model, tp_size)
+        return _frozen(model, tp_size) or plan_unknown(model, tp_size)
     rules = [*brought, *rules]
     if tp_size == 1:
         rules = [rule for rule in rules if rule.source == "user" or style_named(rule.style, str(rule)).axis == "ep"]
@@ -178,6 +180,18 @@ def _check_same_plan(table: Plan, mesh: DeviceMesh) -> None:
                 either=["the same model, versions, inputs and files on every rank, or", "a plan that one rank makes and sends"],
             )
         )
+
+
+def _frozen(model: nn.Module, size: int) -> Plan | None:
+    """By the frozen plans of the model's types; None where there are none, or they don't fit its options or its sizes, or cut
+    too little.
+    """
+    try:
+        table = resolve(model, frozen_model_rules(model, size), size)
+        check_head(model, table)
+    except PlanError:
+        return None
+    return table if cut_share(table) >= LEAST else None
 
 
 def _given(plan: Plan, tp_size: int, ep_size: int | None) -> Plan:

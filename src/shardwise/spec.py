@@ -13,7 +13,7 @@ import torch
 from shardwise.layers import Axis, Cut, ParallelStyle
 from shardwise.layout import Layout, Shape
 
-Source = Literal["model", "user", "shardwise", "inferred"]
+Source = Literal["model", "user", "shardwise", "inferred", "frozen"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,8 @@ class Rule:
     Args:
         pattern: a dotted path, each `*` standing for exactly one segment ("layers.*.mlp.fc1": the 1 is part of a name).
         style: the style's name.
-        source: who wrote it: the model's own plan, the user, a correction of ours, or nobody: it was inferred.
+        source: who wrote it: the model's own plan, the user, a correction of ours, or nobody: it was inferred, now or
+            when the plan of the type was frozen.
         cut: how to cut, where the style can't tell from the module (fused blocks).
         attributes: integers of the module (or, as "config.name", of its config) that become local, one value a rank.
         parent_attributes: the same of the module's parent, whose code reads this module's output by them.
@@ -52,6 +53,7 @@ _WHOSE: dict[Source, str] = {
     "user": "yours",
     "shardwise": "a correction of shardwise",
     "inferred": "inferred from what the model computes",
+    "frozen": "inferred and proven for this type",
 }
 
 

@@ -17,7 +17,17 @@ from shardwise.hf.adapters import AdaptersSeen, load_adapter, save_adapter
 from shardwise.hf.auto import attach_generation_config, refuse_quantized, resolve_model_class
 from shardwise.hf.load import load_lazily
 from shardwise.hf.recording import hidden_states_are_recorded
-from shardwise.hf.rules import base_prefixes, build, build_on_meta, check_head, class_of, has_expert_plan, model_rules
+from shardwise.hf.rules import (
+    base_model,
+    base_prefixes,
+    build,
+    build_on_meta,
+    check_head,
+    class_of,
+    frozen_model_rules,
+    has_expert_plan,
+    model_rules,
+)
 from shardwise.hf.saving import checkpoint_tensors, description_files
 from shardwise.hf.simulating import checkpoint_activations, unpacked_sequences
 from shardwise.hf.specimen import sample_feeds, specimen
@@ -25,6 +35,7 @@ from shardwise.hf.specimen import sample_feeds, specimen
 __all__ = [
     "AdaptersSeen",
     "attach_generation_config",
+    "base_model",
     "base_prefixes",
     "build",
     "build_on_meta",
@@ -33,6 +44,7 @@ __all__ = [
     "checkpoint_tensors",
     "class_of",
     "description_files",
+    "frozen_model_rules",
     "has_expert_plan",
     "hidden_states_are_recorded",
     "load_adapter",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -24,6 +25,7 @@ from shardwise.hf.towers import around_text, end_of, text_prefix, token_embeddin
 from shardwise.layers import ColwiseGatherOutput, ColwiseParallel
 from shardwise.plan import Plan
 from shardwise.plans import corrections, dealt_experts
+from shardwise.plans.frozen import frozen_rules
 from shardwise.spec import Rule
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -46,6 +48,34 @@ def model_rules(model: nn.Module, size: int, expert_parallel: bool = False) -> l
     ours = [rule for rule in _corrections(model, size) if rule.pattern not in dealt]
     found = rules + (_vocabulary(model, rules) if rules or ours else []) + ours
     return found + tower_rules(model, found)
+
+
+Kept = Callable[[str, nn.Module, str, int], list[Rule]]
+"""The rules that are kept for a type, as `shardwise.plans.frozen.frozen_rules`."""
+
+
+def frozen_model_rules(model: nn.Module, size: int, kept: Kept = frozen_rules) -> list[Rule]:
+    """The rules of the frozen plans of the types that `model` is made of, with all other matrices whole; none where there are
+    none, or none for its options.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return []
+    found = [rule for prefix, base in _bases(model) for rule in kept(base.config.model_type, base, prefix, size)]
+    if not found:
+        return []
+    found += _vocabulary(model, found)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    names = {rule.pattern for rule in found}
+    named = {id(p) for name, p in parameters.items() if name in names or name.rpartition(".")[0] in names}
+    reason = "in no part that can be computed apart"
+    rest = [name for name, p in parameters.items() if p.dim() > 1 and id(p) not in named]
+    return found + [Rule(name, "replicate", "frozen", reason=reason) for name in rest]
+
+
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """The outermost model inside of a transformers model to which the patterns of its type's plan are relative."""
+    assert isinstance(model, PreTrainedModel)
+    return _bases(model)[0][1]
 
 
 def has_expert_plan(model: nn.Module) -> bool:

@@ -15,6 +15,6 @@ from shardwise.infer.choose import Inference
 from shardwise.infer.plan import infer, infer_plan
 from shardwise.infer.prove import prove
 from shardwise.infer.simulate import Proof
-from shardwise.infer.unknown import plan_unknown
+from shardwise.infer.unknown import LEAST, cut_share, plan_unknown
 
-__all__ = ["Inference", "Proof", "infer", "infer_plan", "plan_unknown", "prove"]
+__all__ = ["LEAST", "Inference", "Proof", "cut_share", "infer", "infer_plan", "plan_unknown", "prove"]

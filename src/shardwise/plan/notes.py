@@ -48,6 +48,7 @@ _BY: Mapping[Source, str] = MappingProxyType(
         "user": "by a rule of the user",
         "shardwise": "by a rule of shardwise",
         "inferred": "as inferred",
+        "frozen": "by the frozen plan",
     }
 )
 

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 _HEADINGS = ("style", "from", "full shape", "on rank 0", "MiB a rank", "cut")
 _TO_THE_RIGHT = ("full shape", "on rank 0", "MiB a rank")
-_FROM: Mapping[Source, str] = MappingProxyType({"model": "model", "user": "user", "shardwise": "ours", "inferred": "inferred"})
+_FROM: Mapping[Source, str] = MappingProxyType(
+    {"model": "model", "user": "user", "shardwise": "ours", "inferred": "inferred", "frozen": "frozen"}
+)
 _WIDE = 112
 """Columns of a terminal from which on the table says how each tensor is cut, too."""
 
@@ -27,7 +29,12 @@ _WIDE = 112
 def text(plan: Plan, width: int = WIDTH) -> list[RenderableType]:
     """Title, how much a rank holds, what is left whole, and the table."""
     said = [f"note  {note}" for note in notes(plan)]
-    return [title(plan), "", summary(plan), *said, "", table(plan, width)]
+    return [title(plan), "", summary(plan), *said, "", table(plan, width), *_kept(plan)]
+
+
+def _kept(plan: Plan) -> list[RenderableType]:
+    frozen = any(rule.source == "frozen" for rule in plan.rules.values())
+    return ["", "frozen: inferred and proven for this type"] if frozen else []
 
 
 def page(plan: Plan) -> Page:

@@ -1,0 +1,43 @@
+"""Plans that were inferred and proven once, and kept: a file a type, written by `shardwise freeze`, for all of its sizes.
+
+Heads, widths and block counts stand there as expressions (`num_attention_heads units`), whose names are integers of the module,
+of a module around it, or of the config. A file says for which options it was proven; of a model with others it says nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+
+from torch import nn
+
+from shardwise.plans.frozen.expand import expand_rules
+from shardwise.plans.frozen.fits import problem
+from shardwise.plans.frozen.record import Frozen, Variant
+from shardwise.spec import Rule
+
+__all__ = ["FOLDER", "Frozen", "Variant", "expand_rules", "frozen", "frozen_rules", "problem"]
+
+FOLDER = Path(__file__).parent
+
+
+@cache
+def frozen(model_type: str) -> Frozen | None:
+    """What is kept of a type; None of one that was never frozen."""
+    path = FOLDER / f"{model_type}.json"
+    return Frozen.from_json(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+
+
+def frozen_rules(model_type: str, model: nn.Module, prefix: str, size: int) -> list[Rule]:
+    """The rules for `model`, the base model of a type, whose names start with `prefix`; none where no file is for its options,
+    or where its sizes are not what the file's expressions expect.
+    """
+    kept = frozen(model_type)
+    for variant in kept.variants if kept is not None else ():
+        if problem(variant, model) is None:
+            try:
+                return expand_rules(variant, model, prefix, size)
+            except ValueError:
+                continue
+    return []

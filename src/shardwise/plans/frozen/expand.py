@@ -1,0 +1,63 @@
+"""A frozen plan's rules for one model."""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+
+from shardwise.layers.registry import style_named
+from shardwise.layout import Block
+from shardwise.names import Names
+from shardwise.notation import evaluate, read_cut
+from shardwise.plan import Line
+from shardwise.plans.frozen.record import Variant
+from shardwise.plans.frozen.scope import around, cut_length, lookup
+from shardwise.spec import Rule
+
+
+def expand_rules(variant: Variant, model: nn.Module, prefix: str, size: int) -> list[Rule]:
+    """The rules for `model`, the base model, whose names start with `prefix`, on `size` ranks.
+
+    Raises `ValueError` where an expression has no value here.
+    """
+    names = Names((*dict(model.named_modules()), *dict(model.named_parameters())))
+    return [
+        _rule(line, model, name, prefix, size)
+        for line in variant.rules
+        for name in names.matching(Rule(line.pattern, line.style, "frozen"))
+    ]
+
+
+def _rule(line: Line, model: nn.Module, name: str, prefix: str, size: int) -> Rule:
+    length = cut_length(model, name, style_named(line.style, line.pattern)) if line.cut else None
+    numbers = lookup(model, name, length)
+    cut = read_cut(line.cut, length, numbers) if line.cut else None
+    here, *outside = around(model, name)
+    attributes = {key: _local(here, key, evaluate(parts(text), numbers), size) for key, text in line.attributes.items()}
+    parents = {
+        key: _local(outside[0], key, evaluate(parts(text), numbers), size) for key, text in line.parent_attributes.items()
+    }
+    return Rule(prefix + name, line.style, "frozen", cut, attributes, parents, line.reason)
+
+
+def parts(text: str) -> str:
+    """The expression in "in num_heads parts". Raises `ValueError` for what is not written so."""
+    found = re.fullmatch(r"in (.+) parts", text)
+    if found is None:
+        raise ValueError(f"{text!r}: a number falls into so many parts, as in 'in num_heads parts'")
+    return found[1]
+
+
+def _local(module: nn.Module, name: str, count: int, size: int) -> tuple[int, ...]:
+    value: object = module
+    for part in name.split("."):
+        value = getattr(value, part, None)
+    if not isinstance(value, int) or value % count:
+        raise ValueError(f"{type(module).__name__}.{name} is {value}, which does not fall into {count} parts")
+    return local_numbers(value, count, size)
+
+
+def local_numbers(value: int, count: int, size: int) -> tuple[int, ...]:
+    """What each of `size` ranks has of a number that falls into `count` equal parts."""
+    return tuple(value // count * Block(count).local_length(rank, size) for rank in range(size))

@@ -1,0 +1,92 @@
+"""What a frozen plan says, and how it is written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from shardwise.plan import Line
+
+Names = Mapping[str, tuple[str, ...]]
+NUMBER = '"a number"'
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The rules for some options of a type, relative to its base model.
+
+    Args:
+        options: for each option of the config, the values with which the rules were proven, as JSON; `NUMBER` for any number.
+        modules: for each family of modules that a rule reaches into, their classes.
+        matrices: the families of parameters of several dims that were there; of another one in the layers nothing is known.
+        rules: their cuts and numbers are expressions; numbers as "in num_heads parts".
+    """
+
+    options: Names
+    modules: Names
+    matrices: tuple[str, ...]
+    rules: tuple[Line, ...]
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """What is kept of a type.
+
+    Args:
+        type: transformers' name.
+        cut: the share of the parameters that was cut in the model that it was made from.
+        own: the share that `auto` cut without it; None where it had no plan.
+        variants: for different options.
+    """
+
+    type: str
+    cut: float
+    own: float | None
+    variants: tuple[Variant, ...]
+
+    def to_json(self) -> str:
+        """The file: a line for each option, class and rule."""
+        variants = ",\n ".join(map(_written, self.variants))
+        head = f'"type": {json.dumps(self.type)}, "cut": {self.cut}, "own": {json.dumps(self.own)}'
+        return f'{{{head}, "variants": [\n {variants}\n]}}\n'
+
+    @classmethod
+    def from_json(cls, given: Mapping[str, Any]) -> Frozen:
+        """The inverse of `to_json`, of what the file holds."""
+        variants = tuple(
+            Variant(
+                {name: tuple(map(json.dumps, values)) for name, values in one["options"].items()}
+                | dict.fromkeys(one["numbers"], (NUMBER,)),
+                {name: tuple(values) for name, values in one["modules"].items()},
+                tuple(one["matrices"]),
+                tuple(Line(**{"source": "frozen", **rule}) for rule in one["rules"]),
+            )
+            for one in given["variants"]
+        )
+        return cls(given["type"], given["cut"], given["own"], variants)
+
+
+def _written(variant: Variant) -> str:
+    numbers = [name for name, values in variant.options.items() if values == (NUMBER,)]
+    options = {name: list(map(json.loads, values)) for name, values in variant.options.items() if values != (NUMBER,)}
+    parts = [
+        f'"options": {_braced("{}", (f"{json.dumps(name)}: {json.dumps(values)}" for name, values in options.items()))}',
+        f'"numbers": {json.dumps(numbers)}',
+        f'"modules": {_braced("{}", (f"{json.dumps(name)}: {json.dumps(kinds)}" for name, kinds in variant.modules.items()))}',
+        f'"matrices": {_braced("[]", map(json.dumps, variant.matrices))}',
+        f'"rules": {_braced("[]", map(_rule, variant.rules))}',
+    ]
+    return "{" + ",\n  ".join(parts) + "}"
+
+
+def _braced(braces: str, lines: Iterable[str]) -> str:
+    inside = ",\n   ".join(lines)
+    return f"{braces[0]}\n   {inside}\n  {braces[1]}" if inside else braces
+
+
+def _rule(line: Line) -> str:
+    given = json.loads(line.to_json())
+    del given["source"]
+    return json.dumps(given)

@@ -1,0 +1,66 @@
+"""What the names in a frozen plan's expressions mean: integers of a module, of those around it, and of their config."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from shardwise.layers import Cut, ParallelStyle, stores_transposed
+from shardwise.notation import Lookup
+
+LENGTH = "length"
+"""The name of the indices along the dim that is cut."""
+
+
+def around(model: nn.Module, name: str) -> Iterator[nn.Module]:
+    """The module called `name` inside of `model` (or the one that has the parameter), the one around it, and so on."""
+    while name:
+        found: object = model
+        for part in name.split("."):
+            found = getattr(found, part, None)
+        if isinstance(found, nn.Module):
+            yield found
+        name = name.rpartition(".")[0]
+    yield model
+
+
+def integer(value: object) -> bool:
+    """Whether `value` is a number that may stand in an expression."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def lookup(model: nn.Module, name: str, length: int | None) -> Lookup:
+    """What names mean in a rule for `name`: the nearest module that has an integer of that name; "config.NAME" that of the
+    nearest config.
+    """
+
+    def value_of(wanted: str) -> int:
+        if wanted == LENGTH and length is not None:
+            return length
+        field = wanted.removeprefix("config.")
+        for module in around(model, name):
+            holder: Any = getattr(module, "config", None) if field != wanted else module
+            value: Any = getattr(holder, field, None)
+            if integer(value):
+                return int(value)
+        raise ValueError(f"{name}: nothing around it has a number called {wanted!r}")
+
+    return value_of
+
+
+def cut_length(model: nn.Module, name: str, style: type[ParallelStyle]) -> int | None:
+    """Indices along the dim that `style` cuts of the parameter called `name`, or of the weight of that module; None where it
+    cuts none.
+    """
+    found: Any = model
+    for part in name.split("."):
+        found = getattr(found, part)
+    transposed = isinstance(found, nn.Module) and stores_transposed(found)
+    tensor = getattr(found, "weight", None) if isinstance(found, nn.Module) else found
+    if tensor is None:
+        return None
+    shape = tuple(tensor.shape)
+    cut = style.layout(shape, Cut(transposed=transposed)).cut(shape)
+    return None if cut is None else int(shape[cut[0]])
