@@ -19,6 +19,7 @@ from shardwise.verify import Check, Verification
 OPTIONS = {
     (): {"--version", "--help"},
     ("demo",): {"--tp", "--steps", "--output", "--seed", "--text", "--fast", "--help"},
+    ("freeze",): {"--folder", "--help"},
     ("generate",): {
         "--tp",
         "--prompt",
@@ -104,7 +105,7 @@ def test_options_are_these(command: tuple[str, ...]) -> None:
 def test_commands_are_these() -> None:
     """Guards: a command that appears or vanishes without anyone deciding so."""
     commands = {command.name or command.callback.__name__ for command in cli.app.registered_commands}
-    assert commands == {"demo", "generate", "plan", "profile", "trace", "verify"}
+    assert commands == {"demo", "freeze", "generate", "plan", "profile", "trace", "verify"}
 
 
 def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

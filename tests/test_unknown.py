@@ -8,10 +8,16 @@ import pytest
 from torch import nn
 
 import shardwise
-from shardwise import tiny
+from shardwise import api, tiny
 from shardwise.errors import PlanError
 from shardwise.infer import unknown
 from shardwise.tiny.sizes import NO_DROPOUT
+
+
+@pytest.fixture(autouse=True)
+def nothing_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if no plan were kept of any type."""
+    monkeypatch.setattr(api, "frozen_model_rules", lambda model, size: [])
 
 
 @pytest.fixture(scope="module")

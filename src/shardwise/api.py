@@ -61,10 +61,10 @@ def make_plan(
         model_or_config: a model (its tensors may be on meta), or a transformers config, of which the model is built on meta:
             the causal LM, or the model around one that reads images or sounds.
         tp_size: ranks on the tp axis.
-        plan: `"auto"` for the model's own plan with our corrections; where there is none, for the one that is frozen for its
-            type, or else `"infer"`. `"infer"` for one that is found from what the model computes, and proven (see
-            `shardwise.infer_plan`); a dict of pattern: style, merged over the model's own; a `Plan`; or the path of a file that
-            `Plan.save` wrote, ending in ".json" (or of such a dict).
+        plan: `"auto"` for the model's own plan with our corrections; where there is none, or a lesser one, for the one that is
+            frozen for its type, or else `"infer"`. `"infer"` for one that is found from what the model computes, and proven
+            (see `shardwise.infer_plan`); a dict of pattern: style, merged over the model's own; a `Plan`; or the path of a file
+            that `Plan.save` wrote, ending in ".json" (or of such a dict).
         ep_size: ranks over which experts are dealt: `tp_size`, or a multiple of it; None to split every expert instead.
 
     Raises `PlanError` where it can't be done, naming the module, the numbers and the rule.
@@ -85,8 +85,11 @@ def make_plan(
     rules = _user_rules(model, plan)
     _check_experts(model, tp_size, ep_size, rules)
     brought = model_rules(model, tp_size, expert_parallel=ep_size is not None)
-    if plan == "auto" and not brought and tp_size > 1 and ep_size is None and isinstance(model, PreTrainedModel):
-        return _frozen(model, tp_size) or plan_unknown(model, tp_size)
+    if plan == "auto" and tp_size > 1 and ep_size is None and isinstance(model, PreTrainedModel):
+        if (kept := _frozen(model, tp_size)) is not None:
+            return kept
+        if not brought:
+            return plan_unknown(model, tp_size)
     rules = [*brought, *rules]
     if tp_size == 1:
         rules = [rule for rule in rules if rule.source == "user" or style_named(rule.style, str(rule)).axis == "ep"]
@@ -186,8 +189,11 @@ def _frozen(model: nn.Module, size: int) -> Plan | None:
     """By the frozen plans of the model's types; None where there are none, or they don't fit its options or its sizes, or cut
     too little.
     """
+    rules = frozen_model_rules(model, size)
+    if not rules:
+        return None
     try:
-        table = resolve(model, frozen_model_rules(model, size), size)
+        table = resolve(model, rules, size)
         check_head(model, table)
     except PlanError:
         return None

@@ -73,7 +73,7 @@ def _names(sample: Sample) -> list[str]:
     found: dict[str, None] = {}
     modules = list(around(sample.model, sample.name))
     for module in modules:
-        numbers = vars(module) if not isinstance(module, nn.Linear | nn.Embedding) else {}
+        numbers = {} if "weight" in module._parameters else vars(module)  # of a product: its own lengths
         found |= {name: None for name, value in numbers.items() if _counts(name, value)}
     config = next((config for module in modules if (config := getattr(module, "config", None)) is not None), None)
     found |= {

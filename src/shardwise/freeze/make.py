@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig
 
 from shardwise import tiny
+from shardwise.coverage import check_coverage
 from shardwise.errors import PlanError
 from shardwise.freeze.rules import Found, NotFrozen, lines
 from shardwise.freeze.sizes import other_options, other_sizes, tiny_config, unrelated_sizes
-from shardwise.hf import base_model, frozen_model_rules, model_rules
+from shardwise.hf import base_model, check_head, frozen_model_rules, model_rules
 from shardwise.infer import cut_share, infer, prove
 from shardwise.plan import Plan
 from shardwise.plans.frozen import Frozen, Variant, expand_rules
@@ -22,6 +23,8 @@ from shardwise.resolve import resolve
 from shardwise.spec import Rule
 
 SIZE = 2
+MORE = 0.01
+"""By so much of the model a frozen plan has to cut more than the model's own, to be used in its place."""
 LEAST = 0.5
 """A plan that cuts less of a model is not worth keeping."""
 
@@ -32,8 +35,10 @@ def freeze(name: str) -> Frozen:
 
     Raises `NotFrozen`, saying why.
     """
-    made = _Freezing(tiny_config(name))
-    return made.run()
+    try:
+        return _Freezing(tiny_config(name)).run()
+    except (PlanError, ImportError, ValueError, TypeError, AttributeError, AssertionError) as error:
+        raise NotFrozen((str(error).splitlines() or [repr(error)])[0]) from error
 
 
 @dataclass
@@ -53,17 +58,13 @@ class _Freezing:
         for what, config in other_options(self.config):
             self._allow(variant, what, config)
         model = _models(self.config)[0]
-        base = base_model(model)
-        own = model_rules(model, SIZE)
-        plan = self._plan(variant, model, SIZE)
-        if cut_share(plan) < LEAST:
-            raise NotFrozen(f"it cuts {cut_share(plan):.0%} alone")
-        return Frozen(
-            base.config.model_type,
-            round(cut_share(plan), 3),
-            round(cut_share(resolve(model, own, SIZE)), 3) if own else None,
-            (replace(variant, options=_lists(self.allowed), modules=_lists(self.kinds), matrices=tuple(sorted(self.known))),),
-        )
+        cut = cut_share(self._plan(variant, model, SIZE))
+        if cut < LEAST:
+            raise NotFrozen(f"it cuts {cut:.0%} alone")
+        own, why = _own(model, cut)
+        proven = _lists(self.allowed), _lists(self.kinds), tuple(sorted(self.known))
+        whole = Variant(*proven, variant.rules)
+        return Frozen(base_model(model).config.model_type, round(cut, 3), own, why, (whole,))
 
     def _infer(self, config: PreTrainedConfig) -> list[Found]:
         found = []
@@ -125,6 +126,25 @@ class _Freezing:
         for name, found in classes(base, [place for place in places if place]).items():
             self.kinds.setdefault(name, {}).update(dict.fromkeys(found))
         self.known.update(dict.fromkeys(name for name in matrices(base) if "*" in name))
+
+
+def _own(model: nn.Module, cut: float) -> tuple[float | None, str]:
+    """How much the plan cuts that a model brings, and why the frozen one, which cuts `cut`, is used in its place; or ""."""
+    rules = model_rules(model, SIZE)
+    if not rules:
+        return None, "it brings no plan"
+    try:
+        plan = resolve(model, rules, SIZE)
+        check_coverage(model, plan)
+        check_head(model, plan)
+    except PlanError as error:
+        return None, f"its own plan is refused: {str(error).splitlines()[0]}"
+    own = cut_share(plan)
+    try:
+        prove(plan, model)
+    except PlanError as error:
+        return round(own, 3), str(error).splitlines()[0].replace("The plan", "its own plan")
+    return round(own, 3), f"its own plan cuts {own:.0%}" if own + MORE < cut else ""
 
 
 def _models(config: PreTrainedConfig) -> list[nn.Module]:

@@ -55,14 +55,19 @@ Kept = Callable[[str, nn.Module, str, int], list[Rule]]
 
 
 def frozen_model_rules(model: nn.Module, size: int, kept: Kept = frozen_rules) -> list[Rule]:
-    """The rules of the frozen plans of the types that `model` is made of, with all other matrices whole; none where there are
-    none, or none for its options.
+    """The rules of the frozen plans of the types that `model` is made of, with all other matrices whole; none where there is
+    none for the type of the outermost, or none for its options.
     """
-    if not isinstance(model, PreTrainedModel):
-        return []
-    found = [rule for prefix, base in _bases(model) for rule in kept(base.config.model_type, base, prefix, size)]
+    bases = _bases(model) if isinstance(model, PreTrainedModel) else []
+    found: list[Rule] = []
+    for number, (prefix, base) in enumerate(bases):
+        rules = kept(base.config.model_type, base, prefix, size)
+        if number == 0 and not rules:
+            return []
+        found += rules
     if not found:
         return []
+    assert isinstance(model, PreTrainedModel)
     found += _vocabulary(model, found)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     names = {rule.pattern for rule in found}

@@ -158,6 +158,7 @@ def _whose(plan: Plan) -> str:
         "model": "the model's own",
         "shardwise": "shardwise's corrections",
         "inferred": "inferred from what the model computes",
+        "frozen": "frozen: inferred and proven for this type",
         "user": "yours",
     }
     return ", ".join(f"{words}: {sources.count(source)}" for source, words in named.items() if source in sources)

@@ -30,11 +30,11 @@ def frozen(model_type: str) -> Frozen | None:
 
 
 def frozen_rules(model_type: str, model: nn.Module, prefix: str, size: int) -> list[Rule]:
-    """The rules for `model`, the base model of a type, whose names start with `prefix`; none where no file is for its options,
-    or where its sizes are not what the file's expressions expect.
+    """The rules for `model`, the base model of a type, whose names start with `prefix`; none where the type's own plan is as
+    good, no file is for its options, or its sizes are not what the file's expressions expect.
     """
     kept = frozen(model_type)
-    for variant in kept.variants if kept is not None else ():
+    for variant in kept.variants if kept is not None and kept.why else ():
         if problem(variant, model) is None:
             try:
                 return expand_rules(variant, model, prefix, size)

@@ -37,20 +37,22 @@ class Frozen:
     Args:
         type: transformers' name.
         cut: the share of the parameters that was cut in the model that it was made from.
-        own: the share that `auto` cut without it; None where it had no plan.
+        own: the share that the plan cuts that the type brings, with our corrections; None where there is none that can be used.
+        why: why `auto` uses this one in its place; "" where it does not, and the file is there to be read.
         variants: for different options.
     """
 
     type: str
     cut: float
     own: float | None
+    why: str
     variants: tuple[Variant, ...]
 
     def to_json(self) -> str:
         """The file: a line for each option, class and rule."""
         variants = ",\n ".join(map(_written, self.variants))
-        head = f'"type": {json.dumps(self.type)}, "cut": {self.cut}, "own": {json.dumps(self.own)}'
-        return f'{{{head}, "variants": [\n {variants}\n]}}\n'
+        facts = json.dumps({"type": self.type, "cut": self.cut, "own": self.own, "why": self.why})
+        return f'{facts[:-1]},\n "variants": [\n {variants}\n]}}\n'
 
     @classmethod
     def from_json(cls, given: Mapping[str, Any]) -> Frozen:
@@ -65,7 +67,7 @@ class Frozen:
             )
             for one in given["variants"]
         )
-        return cls(given["type"], given["cut"], given["own"], variants)
+        return cls(given["type"], given["cut"], given["own"], given["why"], variants)
 
 
 def _written(variant: Variant) -> str:
