@@ -1,4 +1,4 @@
-"""Plans that are kept: for all sizes of a type, no other options than they were proven with, and as they would be made again."""
+"""Plans that are kept: for all sizes of a type, no other options than they were proven with, and as they would be made."""
 
 from __future__ import annotations
 
@@ -90,7 +90,9 @@ def test_serves_every_head_of_a_type():
 
 
 def test_other_options_are_not_taken():
-    """Guards: falcon's fused q, k and v, which lie in three ways under one name: a plan for one taken for another. Cross-attention that a plan says nothing of."""
+    """Guards: falcon's fused q, k and v, which lie in three ways under one name: a plan for one of them taken for another; and
+    cross-attention that a plan says nothing of.
+    """
     variant = freeze("falcon").variants[0]
     assert problem(variant, base_model(of_type("falcon"))) is None
     for options in (
