@@ -16,16 +16,6 @@ from shardwise import tiny
 from shardwise.errors import PlanError
 from shardwise.infer import infer
 from shardwise.plan import Plan
-from shardwise.tiny.sizes import TINY
-
-# Of types that say their sizes by other names; no two alike that could be confused.
-SIZES: dict[str, object] = {
-    **dict.fromkeys(("d_model", "decoder_hidden_size", "n_embd", "embedding_size"), 64),
-    **dict.fromkeys(("decoder_layers", "encoder_layers", "num_decoder_layers", "n_layer"), 2),
-    **dict.fromkeys(("decoder_attention_heads", "encoder_attention_heads", "num_decoder_attention_heads", "n_head"), 4),
-    **dict.fromkeys(("decoder_ffn_dim", "encoder_ffn_dim", "d_inner", "dim_feedforward", "ffn_dim"), 96),
-}
-
 
 @dataclass(frozen=True)
 class Found:
@@ -44,18 +34,12 @@ class Found:
     note: str
 
 
-def build(name: str) -> PreTrainedModel:
-    """The tiny model of a type."""
-    sizes = {} if name in TINY else {key: value for key, value in SIZES.items() if key in tiny.known(name)}
-    return tiny.build("emu3_text_model" if name == "emu3" else name, **sizes)
-
-
 def measure(name: str, size: int) -> Found:
     """Of a type on `size` ranks."""
     warnings.simplefilter("ignore")
     logging.set_verbosity_error()
     try:
-        model = build(name)
+        model = tiny.build(name)
     except Exception as error:  # of any kind: transformers' configs check themselves in many ways
         return Found(None, 0.0, None, f"is not built: {_first(error)}")
     known = _known(model, size)

@@ -4,37 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cache
-from types import MappingProxyType
 
 import torch
+import transformers
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    Emu3ForCausalLM,
-    Emu3TextConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from shardwise.tiny.nested import NESTED, PARTS, TOWER
 from shardwise.tiny.sizes import COMMON, TINY
+from shardwise.tiny.unplanned import UNPLANNED
 
-PARTS: Mapping[str, str] = MappingProxyType({"emu3": "emu3_text_model"})
-"""Of types whose causal-LM class is that of a part: the part."""
+__all__ = ["PARTS", "build", "config", "empty", "known", "on_meta", "randomised"]
 
 
 @cache
 def known(name: str) -> frozenset[str]:
     """The fields that a type's config has."""
-    config = type(AutoConfig.for_model(name))
-    names = {field for kind in config.__mro__ for field in getattr(kind, "__annotations__", {})}
-    return frozenset(names | set(getattr(config, "attribute_map", {})))
+    names = {field for kind in CONFIG_MAPPING[name].__mro__ for field in getattr(kind, "__annotations__", {})}
+    return frozenset(names | _aliases(name).keys())
 
 
 def config(name: str, **options: object) -> PreTrainedConfig:
-    """The config of a type in `TINY`, or of another one, for which the common sizes may do."""
+    """The config of a type: the common sizes, and what `TINY`, `UNPLANNED` or `NESTED` says besides."""
+    name = PARTS.get(name, name)
     common = {key: value for key, value in COMMON.items() if key in known(name)}
-    return AutoConfig.for_model(name, **common | TINY.get(name, {}) | options)
+    sizes: dict[str, object] = {}
+    for given in (common, TINY.get(name, {}), UNPLANNED.get(name, {}), _parts(name), options):
+        sizes |= {_aliases(name).get(key, key): value for key, value in given.items()}  # a field has several names
+    return AutoConfig.for_model(name, **sizes)
 
 
 def build(name: str, **options: object) -> PreTrainedModel:
@@ -65,7 +62,24 @@ def on_meta(name: str, **options: object) -> PreTrainedModel:
 
 
 def empty(made: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The model of a config, as transformers initialises it."""
-    if type(made) is Emu3TextConfig:  # the Auto class knows the config around it alone
-        return Emu3ForCausalLM._from_config(made, dtype=dtype)
-    return AutoModelForCausalLM.from_config(made, dtype=dtype)
+    """The model of a config, as transformers initialises it: for causal LMs, or of the class that the config names."""
+    if type(made) in AutoModelForCausalLM._model_mapping:
+        return AutoModelForCausalLM.from_config(made, dtype=dtype)
+    kind: type[PreTrainedModel] = getattr(transformers, (made.architectures or ["AutoModelForCausalLM"])[0])
+    return kind._from_config(made, dtype=dtype)
+
+
+@cache
+def _aliases(name: str) -> Mapping[str, str]:
+    return dict(CONFIG_MAPPING[name].attribute_map)
+
+
+def _parts(name: str) -> dict[str, object]:
+    """The configs inside the config of a type, and what else it says."""
+    sizes = dict(NESTED.get(name, {}))
+    for field, value in sizes.items():
+        if isinstance(value, tuple):
+            kind, given = value
+            tower = {} if field == "text_config" else {k: v for k, v in TOWER.items() if k in known(kind)}
+            sizes[field] = config(kind, **{**tower, **given}).to_dict()
+    return sizes

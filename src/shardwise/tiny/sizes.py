@@ -1,4 +1,6 @@
-"""What the config of a tiny model of each type says, with each kind of layer that the type has."""
+"""What the config of a tiny model of each type says, with each kind of layer that the type has. Types whose config has configs
+of parts inside are in `nested`.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,13 @@ COMMON: dict[str, object] = {
     "qk_rope_head_dim": 8,
     "qk_nope_head_dim": 16,
     "v_head_dim": 12,
+    **dict.fromkeys(("d_model", "decoder_hidden_size", "n_embd", "embedding_size"), 64),
+    **dict.fromkeys(("decoder_layers", "encoder_layers", "num_decoder_layers", "num_encoder_layers", "n_layer"), 2),
+    **dict.fromkeys(("decoder_attention_heads", "encoder_attention_heads", "n_head"), 4),
+    **dict.fromkeys(("num_decoder_attention_heads", "num_encoder_attention_heads"), 4),
+    **dict.fromkeys(("decoder_ffn_dim", "encoder_ffn_dim", "d_inner", "dim_feedforward", "ffn_dim", "dff", "dim_ff"), 96),
 }
+"""Of the fields that a config has; it may know some by other names."""
 LATENT: dict[str, object] = {"num_key_value_heads": 4, "head_dim": 8}
 DENSE_THEN_SPARSE: dict[str, object] = {"mlp_layer_types": ["dense", "sparse"]}
 MAMBA2: dict[str, object] = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 2}
@@ -62,14 +70,6 @@ GPT: dict[str, object] = {
 SLIDING_THEN_FULL: dict[str, object] = {"layer_types": ["sliding_attention", "full_attention"]}
 INDEXER: dict[str, object] = {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 4}
 GATED_DELTA_NET: dict[str, object] = DELTA_NET | {"layer_types": ["linear_attention", "full_attention"]}
-LLAMA4: dict[str, object] = {
-    "intermediate_size": 48,
-    "intermediate_size_mlp": 96,
-    "interleave_moe_layer_step": 2,
-    "attention_chunk_size": 8,
-    "num_experts_per_tok": 1,
-    "layer_types": ["chunked_attention", "full_attention"],
-}
 MROPE: dict[str, object] = {
     name: {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
     for name in ("sliding_attention", "full_attention")
@@ -94,6 +94,7 @@ TINY: dict[str, dict[str, object]] = {
     "deepseek_v3": LATENT | {"n_group": 2, "topk_group": 1},
     "deepseek_v4": {
         "num_key_value_heads": 1,
+        "intermediate_size": 96,
         "layer_types": ["heavily_compressed_attention", "compressed_sparse_attention"],
         "mlp_layer_types": ["hash_moe", "moe"],
         "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4},
@@ -134,7 +135,7 @@ TINY: dict[str, dict[str, object]] = {
     "granitemoehybrid": MAMBA2 | {"layer_types": ["mamba", "attention"], "shared_intermediate_size": 48},
     "granitemoeshared": {"shared_intermediate_size": 48},
     "hunyuan_v1_moe": {"moe_topk": 2},
-    "inkling2_text": INKLING | {"n_layers_per_attn_res_block": 2, "unpadded_vocab_size": 127, "log_scaling_n_floor": 4},
+    "inkling2_text": INKLING | {"intermediate_size": 96, "n_layers_per_attn_res_block": 2, "unpadded_vocab_size": 127, "log_scaling_n_floor": 4},
     "inkling_text": INKLING | DENSE_THEN_SPARSE | {"n_shared_experts": 2, "logits_mup_width_multiplier": 1.5},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "use_mamba_kernels": False},
     "kimi_linear": LATENT
@@ -265,20 +266,6 @@ TINY: dict[str, dict[str, object]] = {
     "hy_v4": DENSE_THEN_SPARSE | INDEXER,
     "kolibri1": DENSE_THEN_SPARSE | SLIDING_THEN_FULL,
     "laguna": DENSE_THEN_SPARSE | SLIDING_THEN_FULL,
-    "llama4": {
-        "text_config": LLAMA4 | {key: value for key, value in COMMON.items() if key not in LLAMA4},
-        "vision_config": {
-            "hidden_size": 32,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "intermediate_size": 128,
-            "vision_output_dim": 32,
-            "image_size": 28,
-            "patch_size": 14,
-            "projector_input_dim": 32,
-            "projector_output_dim": 32,
-        },
-    },
     "longcat_flash": LATENT
     | {"num_layers": 2, "ffn_hidden_size": 96, "expert_ffn_hidden_size": 32, "zero_expert_num": 2, "moe_topk": 2},
     "mellum": DENSE_THEN_SPARSE | SLIDING_THEN_FULL,
