@@ -17,6 +17,7 @@ from shardwise.errors import PlanError
 from shardwise.infer import infer
 from shardwise.plan import Plan
 
+
 @dataclass(frozen=True)
 class Found:
     """What was found of a type.
@@ -56,7 +57,7 @@ def body_share(model: nn.Module, plan: Plan) -> float:
     """The share of the body's elements that are cut."""
     ends = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     head = model.get_output_embeddings()
-    ends |= {id(head.weight)} if head is not None else set()
+    ends |= {id(parameter) for parameter in head.parameters()} if head is not None else set()
     names = {name for name, parameter in model.named_parameters() if id(parameter) not in ends}
     body = [row for row in plan if not row.buffer and row.name in names]
     return sum(prod(row.shape) for row in body if row.sharded) / max(sum(prod(row.shape) for row in body), 1)

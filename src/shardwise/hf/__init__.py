@@ -10,11 +10,12 @@
 | `adapters` | loading and saving of PEFT's adapters |
 | `simulating` | what a model must be told when it runs on tensors without values |
 | `saving` | which tensors a checkpoint has, under which names |
-| `specimen` | a model to try plans out on, and what to call it with |
+| `specimen`, `feeds` | a model to try plans out on, and what to call it with |
 """
 
 from shardwise.hf.adapters import AdaptersSeen, load_adapter, save_adapter
 from shardwise.hf.auto import attach_generation_config, refuse_quantized, resolve_model_class
+from shardwise.hf.feeds import sample_feeds
 from shardwise.hf.load import load_lazily
 from shardwise.hf.recording import hidden_states_are_recorded
 from shardwise.hf.rules import (
@@ -30,7 +31,7 @@ from shardwise.hf.rules import (
 )
 from shardwise.hf.saving import checkpoint_tensors, description_files
 from shardwise.hf.simulating import checkpoint_activations, unpacked_sequences
-from shardwise.hf.specimen import sample_feeds, specimen
+from shardwise.hf.specimen import specimen
 
 __all__ = [
     "AdaptersSeen",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from inspect import signature
 from math import prod
 
 from torch import nn
@@ -28,7 +29,7 @@ def end_rules(model: nn.Module, products: Collection[Product], last: Collection[
             continue
         holders = [(name, module) for name, module in model.named_modules() if module._parameters.get("weight") is parameter]
         for name, module in holders:
-            if product.inputs is None and product.outputs == 1 and isinstance(module, nn.Embedding):
+            if product.inputs is None and product.outputs == 1 and isinstance(module, nn.Embedding) and _looks_up(module):
                 rule = Rule(name, "embedding_rowwise", "inferred", reason="rows are looked up one by one")
             elif product in last and product.outputs == 0 and isinstance(module, nn.Linear):
                 rule = Rule(name, "colwise_gather_output", "inferred", reason="nothing but the output is behind it")
@@ -58,3 +59,8 @@ def gathered(model: nn.Module, plan: Plan, size: int, left: Mapping[str, str]) -
             reason = f"its weight is cut, and its outputs gathered: {left.get(family, 'no part of what reads it is apart')}"
             found.append([Rule(name, "colwise_gather_output", "inferred", reason=reason) for name in names])
     return found
+
+
+def _looks_up(module: nn.Embedding) -> bool:
+    """Whether `module` is given ids, and nothing else: what is given more makes its ids itself, as learned positions do."""
+    return len(signature(type(module).forward).parameters) == 2

@@ -80,9 +80,11 @@ def propose(model: nn.Module, island: Island, size: int, elsewhere: Iterable[Pro
         if product in read_elsewhere:
             rules.append(_latent(model, name, whole, product))
             continue
-        if product.inputs is None:
-            raise NotPossible(f"{product.weight} is an embedding")
+        if product.inputs is None and whole:
+            rules.append(_summed(model, product.weight, island))
+            continue
         dim = product.inputs if consumer else product.outputs
+        assert dim is not None
         if bare:
             style = _style_along(model, product.weight, dim)
         else:
@@ -90,7 +92,7 @@ def propose(model: nn.Module, island: Island, size: int, elsewhere: Iterable[Pro
         cut = cut_of[product]
         assert isinstance(cut, Cut)
         rules.append(Rule(name, _packed(style, cut), "inferred", cut, reason=SUMMED.format(island.count) if whole else reason))
-    rules += _bare_rules(targets.values(), island)
+    rules += _bare_rules([target for product, target in targets.items() if product.inputs is not None], island)
     for name, (dim, _) in island.sliced.items():
         rules.append(Rule(name, _style_along(model, name, dim), "inferred", cut_of[name], reason=reason))
     rules += [_summed(model, name, island) for name in island.shared]

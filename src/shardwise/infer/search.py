@@ -30,6 +30,8 @@ _COLWISE = ("colwise", "packed_colwise")
 
 Number = tuple[str, str]
 """A number that code reads: a module's name, and the attribute (or "config.name") of it."""
+Group = tuple[Number, ...]
+"""The same of all modules of one class."""
 
 
 @dataclass(frozen=True)
@@ -59,16 +61,21 @@ def patches(reference: Reference, proposal: Proposal) -> Iterator[Patch]:
     """What to try of the modules of a proposal, the likeliest first, `NONE` the very first."""
     module = reference.model.get_submodule(proposal.place)
     read = numbers_read(reference, proposal)
-    names = [name for name, value in read.items() if value >= proposal.count and value % proposal.count == 0]
-    exact = [name for name in names if read[name] == proposal.count]
+    groups: dict[tuple[type[nn.Module], str], list[Number]] = {}
+    for path, name in read:
+        groups.setdefault((type(module.get_submodule(path)), name), []).append((path, name))
+    values = {tuple(numbers): [read[number] for number in numbers] for numbers in groups.values()}
+    names = [group for group, found in values.items() if all(v >= proposal.count and v % proposal.count == 0 for v in found)]
+    exact = [group for group in names if set(values[group]) == {proposal.count}]
     biased = any(name in signature(type(module).forward).parameters for name in _BIASES)
-    ways = ((numbers, own) for numbers in _subsets(names, exact) for own in ((False, True) if biased else (False,)))
+    ways = ((sum(chosen, ()), own) for chosen in _subsets(names, exact) for own in ((False, True) if biased else (False,)))
     yield from dict.fromkeys(Patch(*way) for way in islice(ways, MOST))
     if _input_width(reference.model, proposal):
-        yield from dict.fromkeys(Patch(numbers, own_width=True) for numbers in islice(_subsets(names, exact), MOST_WIDTHS))
+        widths = islice(_subsets(names, exact), MOST_WIDTHS)
+        yield from dict.fromkeys(Patch(sum(chosen, ()), own_width=True) for chosen in widths)
 
 
-def _subsets(names: Sequence[Number], exact: Sequence[Number]) -> Iterator[tuple[Number, ...]]:
+def _subsets(names: Sequence[Group], exact: Sequence[Group]) -> Iterator[tuple[Group, ...]]:
     yield ()
     yield tuple(names)
     yield tuple(exact)

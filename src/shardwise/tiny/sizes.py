@@ -135,7 +135,8 @@ TINY: dict[str, dict[str, object]] = {
     "granitemoehybrid": MAMBA2 | {"layer_types": ["mamba", "attention"], "shared_intermediate_size": 48},
     "granitemoeshared": {"shared_intermediate_size": 48},
     "hunyuan_v1_moe": {"moe_topk": 2},
-    "inkling2_text": INKLING | {"intermediate_size": 96, "n_layers_per_attn_res_block": 2, "unpadded_vocab_size": 127, "log_scaling_n_floor": 4},
+    "inkling2_text": INKLING
+    | {"intermediate_size": 96, "n_layers_per_attn_res_block": 2, "unpadded_vocab_size": 127, "log_scaling_n_floor": 4},
     "inkling_text": INKLING | DENSE_THEN_SPARSE | {"n_shared_experts": 2, "logits_mup_width_multiplier": 1.5},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "use_mamba_kernels": False},
     "kimi_linear": LATENT

@@ -26,7 +26,13 @@ UNPLANNED: Mapping[str, Mapping[str, object]] = MappingProxyType(
             "hidden_dropout_prob": 0.0,
             "local_attention_probs_dropout_prob": 0.0,
         },
-        "roc_bert": {"shape_embed_dim": 32, "shape_vocab_size": 127, "pronunciation_embed_dim": 32, "pronunciation_vocab_size": 60},
+        "rembert": {"input_embedding_size": 48, "output_embedding_size": 80},
+        "roc_bert": {
+            "shape_embed_dim": 32,
+            "shape_vocab_size": 127,
+            "pronunciation_embed_dim": 32,
+            "pronunciation_vocab_size": 60,
+        },
         "xmod": {"languages": ["en_XX", "de_DE"], "default_language": "en_XX"},
     }
 )

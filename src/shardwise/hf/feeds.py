@@ -1,0 +1,173 @@
+"""What a transformers model is called with, to see what it computes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from shardwise.errors import PlanError, describe
+
+Inputs = Mapping[str, Any]
+_TOKENS = 12
+_FIRST = 10
+_ENCODED = 7
+_ENDINGS = (IndexError, RuntimeError, TypeError, ValueError, AttributeError, KeyError)
+_STATES = ("encoder_hidden_states", "cross_attention_states", "encoder_outputs")
+_WIDTHS = ("cross_attention_hidden_size", "encoder_hidden_size", "hidden_size", "d_model", "n_embd")
+
+
+def sample_feeds(model: PreTrainedModel) -> list[Inputs | Callable[[nn.Module], object]]:
+    """Two micro-batches, the second padded on the left; and, where it generates, a token after the others, from the cache.
+
+    A model of texts is given ids, for its encoder and its decoder where it has both; a decoder that attends to an encoder's
+    states, in the first micro-batch, those. Of images and sounds it is given noise, as large as its config says.
+
+    Raises `PlanError` for a model that reads something else.
+    """
+    text = model.config.get_text_config()
+    vocabulary = getattr(text, "vocab_size", 0)
+    if vocabulary < 2 and model.main_input_name == "input_ids":
+        raise _unknown(model)
+    generator = torch.Generator().manual_seed(0)
+    drawn = [_ids(model, vocabulary, generator) for _ in range(2)] if vocabulary > 1 else []
+    batches = [fitting for ids in drawn or [None] if (fitting := _first_that_runs(model, _inputs(model, ids, generator)))]
+    if not batches:
+        raise _unknown(model)
+    feeds: list[Inputs | Callable[[nn.Module], object]] = [_with_states(model, batches[0], generator), *batches[1:]]
+    if len(batches) > 1 and _runs(model, padded := _padded(batches[1])):
+        feeds[1] = padded
+    if model.can_generate() and _runs(model, from_cache := _from_cache(batches[0], model.config.is_encoder_decoder)):
+        feeds.append(from_cache)
+    return feeds
+
+
+def _unknown(model: PreTrainedModel) -> PlanError:
+    return PlanError(
+        describe(
+            f"{type(model).__name__} reads {model.main_input_name}, and what that looks like is not known.",
+            either=["shardwise.infer_plan(model, tp_size=..., example_inputs={...})", 'or tp_plan="auto"'],
+        )
+    )
+
+
+def _ids(model: PreTrainedModel, vocabulary: int, generator: torch.Generator) -> Tensor:
+    """(2, 12) int64, or as many rows as it has codebooks for each of two; the last of each an end, where it knows one."""
+    text = model.config.get_text_config()
+    rows = 2 * (getattr(text, "num_codebooks", None) or 1)
+    ids = torch.randint(min(_FIRST, vocabulary - 1), vocabulary, (rows, _TOKENS), generator=generator)
+    end = getattr(text, "eos_token_id", None)
+    if isinstance(end, int) and end < vocabulary:
+        ids = ids.masked_fill(ids == end, vocabulary - 1 - (end == vocabulary - 1))
+        ids[:, -1] = end
+    return ids
+
+
+def _inputs(model: PreTrainedModel, ids: Tensor | None, generator: torch.Generator) -> Iterator[Inputs]:
+    """What a model may be called with, the likeliest first."""
+    if model.main_input_name == "input_ids":
+        assert ids is not None
+        decoder = {"decoder_input_ids": ids.flip(1)} if model.config.is_encoder_decoder else {}
+        yield {"input_ids": ids} | decoder
+        yield {"input_ids": ids[:1]} | {name: given[:1] for name, given in decoder.items()}  # it knows no padding
+        yield {"input_ids": ids.view(len(ids), 1, -1).repeat(1, 2, 1)}  # two choices
+        return
+    decoder = {"decoder_input_ids": ids} if ids is not None and model.config.is_encoder_decoder else {}
+    for shape in _shapes(model):
+        yield {model.main_input_name: torch.randn(2, *shape, generator=generator)} | decoder
+
+
+def _shapes(model: PreTrainedModel) -> Iterator[tuple[int, ...]]:
+    """The shapes of an image, or of a sound, one without the batch."""
+    parts = [getattr(model.config, name, None) for name in model.config.sub_configs] or [model.config]
+    for part in (model.config, *parts):
+        side, channels = getattr(part, "image_size", None), getattr(part, "num_channels", 3)
+        if side is not None:
+            yield (channels, *(side if isinstance(side, list | tuple) else (side, side)))
+        bands, positions = getattr(part, "num_mel_bins", None), getattr(part, "max_source_positions", None)
+        if bands is not None and positions is not None:
+            yield (bands, 2 * positions)
+        if bands is not None:
+            yield (4 * _TOKENS, bands)
+    yield (3, 224, 224)
+    yield (16_000,)
+
+
+def _with_states(model: PreTrainedModel, inputs: Inputs, generator: torch.Generator) -> Inputs:
+    """`inputs` with the states of an encoder, if modules run with it that don't without."""
+    if model.config.is_encoder_decoder or "input_ids" not in inputs:
+        return inputs
+    name = next((name for name in _STATES if name in inspect.signature(model.forward).parameters), None)
+    text = model.config.get_text_config()
+    widths = dict.fromkeys(width for field in _WIDTHS if isinstance(width := getattr(text, field, None), int))
+    for width in widths if name is not None else ():
+        states = torch.randn(_rows(model, inputs), _ENCODED, width, generator=generator)
+        given = {**inputs, str(name): (states,) if name == "encoder_outputs" else states}
+        if _runs(model, given) and not _run(model, given) <= _run(model, inputs):
+            return given
+    return inputs
+
+
+def _rows(model: PreTrainedModel, inputs: Inputs) -> int:
+    return len(inputs["input_ids"]) // (getattr(model.config.get_text_config(), "num_codebooks", None) or 1)
+
+
+def _run(model: PreTrainedModel, inputs: Inputs) -> set[str]:
+    """The modules that run."""
+    called: set[str] = set()
+    handles = [m.register_forward_pre_hook(lambda *_, name=name: called.add(name)) for name, m in model.named_modules()]
+    try:
+        with torch.no_grad():
+            model(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return called
+
+
+def _padded(inputs: Inputs) -> Inputs:
+    ids = inputs.get("input_ids")
+    if ids is None or ids.dim() != 2 or len(ids) < 2:
+        return inputs
+    mask = torch.ones_like(ids)
+    mask[0, : _TOKENS // 4] = 0
+    return {**inputs, "attention_mask": mask}
+
+
+def _first_that_runs(model: PreTrainedModel, ways: Iterator[Inputs]) -> Inputs | None:
+    first: Inputs | None = None
+    for inputs in ways:
+        if _runs(model, inputs):
+            return inputs
+        first = first or inputs
+    return None if model.main_input_name != "input_ids" else first  # whose error is the one to be shown
+
+
+def _runs(model: PreTrainedModel, feed: Inputs | Callable[[nn.Module], object]) -> bool:
+    try:
+        with torch.no_grad():
+            _ = feed(model) if callable(feed) else model(**feed)
+    except _ENDINGS:
+        return False
+    return True
+
+
+def _from_cache(inputs: Inputs, is_encoder_decoder: bool) -> Callable[[nn.Module], object]:
+    """Generates one token more."""
+    name = "decoder_input_ids" if is_encoder_decoder else "input_ids"
+    ids, others = inputs[name], {key: value for key, value in inputs.items() if key != name}
+
+    def run(model: nn.Module) -> object:
+        with torch.no_grad():
+            first = model(**{name: ids[:, :-1]}, **others, use_cache=True)
+            cache = getattr(first, "past_key_values", None)
+            if cache is None:
+                return ()
+            encoded = {"encoder_outputs": (first.encoder_last_hidden_state,)} if is_encoder_decoder else others
+            return model(**{name: ids[:, -1:]}, **encoded, past_key_values=cache, use_cache=True).logits
+
+    return run
