@@ -70,7 +70,10 @@ def _island(group: list[Reads]) -> Island | None:
         return None
     rows, columns = parts
     count = int(rows.max()) + 1
-    producers = dict(zip(products, columns.split([widths[p] for p in products]), strict=True))
+    lengths = [widths[product] for product in products]
+    used = matrix.any(0).split(lengths)
+    owned = [_filled(owners, read, count) for owners, read in zip(columns.split(lengths), used, strict=True)]
+    producers = dict(zip(products, owned, strict=True))
     consumers = {
         reads.product: owners
         for reads, owners in zip(group, rows.split([next(iter(r.outputs.values())).shape[0] for r in group]), strict=True)
@@ -141,6 +144,21 @@ def _touch_all(columns: Tensor, owners: Tensor) -> bool:
 def _column_owners(matrix: Tensor, owners: Tensor) -> Tensor:
     first = matrix.int().argmax(0)
     return torch.where(matrix.any(0), owners[first], EVERY)
+
+
+def _filled(owners: Tensor, used: Tensor, count: int) -> Tensor:
+    """`owners`, with those of outputs that nothing read (buckets of distances longer than the sample) as in the only regular
+    order that the others are in; as they are where there is none, or several.
+    """
+    if bool(used.all()) or not bool((owners[used] != EVERY).all()):
+        return owners
+    orders = [
+        torch.arange(count).repeat_interleave(len(owners) // (times * count)).repeat(times)
+        for times in range(1, len(owners) // count + 1)
+        if len(owners) % (times * count) == 0
+    ]
+    fitting = [order for order in orders if torch.equal(order[used], owners[used])]
+    return fitting[0] if len(fitting) == 1 else owners
 
 
 def _alike(count: int, sides: Sequence[Tensor]) -> bool:
