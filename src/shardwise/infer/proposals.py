@@ -10,7 +10,7 @@ from torch import nn
 from shardwise.infer.islands import EVERY, Island
 from shardwise.infer.layouts import cuts
 from shardwise.infer.products import Product
-from shardwise.layers import Cut, stores_transposed
+from shardwise.layers import Cut, StackedColwise, stores_transposed
 from shardwise.layout import Block
 from shardwise.plan import wildcard
 from shardwise.spec import Rule
@@ -87,6 +87,8 @@ def propose(model: nn.Module, island: Island, size: int, elsewhere: Iterable[Pro
         assert dim is not None
         if bare:
             style = _style_along(model, product.weight, dim)
+        elif product.inputs == 2:
+            style = "stacked_rowwise" if consumer else "stacked_colwise"
         else:
             style = "rowwise" if consumer else "colwise"
         cut = cut_of[product]
@@ -111,9 +113,11 @@ def _numel(model: nn.Module, product: Product) -> int:
 
 
 def _target(model: nn.Module, product: Product) -> tuple[str, bool]:
-    """The linear layer that `product` is, or its bare parameter (True)."""
+    """The linear layer or stacked product that `product` is, or its bare parameter (True)."""
     owner, _, child = product.weight.rpartition(".")
     module = model.get_submodule(owner)
+    if (product.inputs, product.outputs) == (2, 1) and StackedColwise.refuses(module) is None:
+        return owner, False
     linear = child == "weight" and (isinstance(module, nn.Linear) or stores_transposed(module))
     if linear and product.inputs is not None:
         expected = (0, 1) if stores_transposed(module) else (1, 0)
@@ -135,7 +139,7 @@ def _style_along(model: nn.Module, name: str, dim: int) -> str:
 
 
 def _packed(style: str, cut: Cut) -> str:
-    return f"packed_{style}" if cut.blocks else style
+    return f"packed_{style}" if cut.blocks and not style.startswith("stacked") else style
 
 
 def _latent(model: nn.Module, name: str, whole: bool, product: Product) -> Rule:

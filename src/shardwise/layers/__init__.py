@@ -14,6 +14,7 @@
 | `all_reduce` | `AllReduceParallel` |
 | `sequence_parallel` | `SequenceParallel` |
 | `sharded_norm`, `sharded_statistics` | `ShardedNorm`, `ShardedStatistics` |
+| `stacked_colwise`, `stacked_rowwise`, `einsum` | `StackedColwise`, `StackedRowwise`, `EinsumParallel` |
 | `mla_kv_a_proj`, `mla_kv_a_proj_gather_output` | `MlaKvAProjParallel`, `MlaKvAProjGatherOutput` |
 | `moe_tp_experts`, `moe_identity_expert`, `grouped_gemm`, `ep_router` | `MoeExpertsParallel`, ... |
 | `ep_dispatch_experts`, `ep_all_to_all_experts`, `ep_sorted_experts` | `EpDispatchExperts`, ... |
@@ -84,6 +85,7 @@ from shardwise.layers.sequence import (
     SequenceWhole,
     Stream,
 )
+from shardwise.layers.stacked import EinsumParallel, StackedColwise, StackedRowwise
 from shardwise.layers.traced import Facts
 from shardwise.layers.width import ColwiseWholeInput, LocalWidth
 
@@ -115,6 +117,9 @@ STYLES: MappingProxyType[str, type[ParallelStyle]] = MappingProxyType(
         "local_rows": LocalRows,
         "local_state": LocalState,
         "local_head_state": LocalHeadState,
+        "stacked_colwise": StackedColwise,
+        "stacked_rowwise": StackedRowwise,
+        "einsum": EinsumParallel,
         "local_head_bias": LocalHeadBias,
         "local_width": LocalWidth,
         "colwise_whole_input": ColwiseWholeInput,
@@ -135,6 +140,7 @@ __all__ = [
     "ColwiseWholeInput",
     "CommonDropout",
     "Cut",
+    "EinsumParallel",
     "EmbeddingColwise",
     "EmbeddingRowwise",
     "EmbeddingStyle",
@@ -181,6 +187,8 @@ __all__ = [
     "ShardState",
     "ShardedNorm",
     "ShardedStatistics",
+    "StackedColwise",
+    "StackedRowwise",
     "Stream",
     "WholeEmbeddingAdapter",
     "is_parallel",
