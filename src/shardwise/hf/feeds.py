@@ -41,6 +41,8 @@ def sample_feeds(model: PreTrainedModel) -> list[Inputs | Callable[[nn.Module], 
     feeds: list[Inputs | Callable[[nn.Module], object]] = [_with_states(model, batches[0], generator), *batches[1:]]
     if len(batches) > 1 and _runs(model, padded := _padded(batches[1])):
         feeds[1] = padded
+    if not _has_gradient(model, batches[0]):
+        feeds = [_in_training(inputs) for inputs in feeds if not callable(inputs)]
     if model.can_generate() and _runs(model, from_cache := _from_cache(batches[0], model.config.is_encoder_decoder)):
         feeds.append(from_cache)
     return feeds
@@ -156,6 +158,33 @@ def _runs(model: PreTrainedModel, feed: Inputs | Callable[[nn.Module], object]) 
     return True
 
 
+def _has_gradient(model: PreTrainedModel, inputs: Inputs) -> bool:
+    """Whether there is a backward pass in evaluation mode: a reversible model asserts that there is none."""
+    try:
+        with torch.enable_grad():
+            values = [value for value in model(**inputs).values() if isinstance(value, Tensor) and value.requires_grad]
+            torch.autograd.backward([value.sum() for value in values])
+    except AssertionError:
+        return False
+    finally:
+        model.zero_grad()
+    return True
+
+
+def _in_training(inputs: Inputs) -> Callable[[nn.Module], object]:
+    """Calls a model as in training, but for dropout."""
+
+    def run(model: nn.Module) -> object:
+        for module in model.train().modules():
+            if isinstance(getattr(module, "dropout", None), float):
+                module.dropout = 0.0  # type: ignore[assignment]
+            elif isinstance(module, nn.Dropout):
+                module.p = 0.0
+        return model(**inputs)
+
+    return run
+
+
 def _from_cache(inputs: Inputs, is_encoder_decoder: bool) -> Callable[[nn.Module], object]:
     """Generates one token more."""
     name = "decoder_input_ids" if is_encoder_decoder else "input_ids"
@@ -163,7 +192,7 @@ def _from_cache(inputs: Inputs, is_encoder_decoder: bool) -> Callable[[nn.Module
 
     def run(model: nn.Module) -> object:
         with torch.no_grad():
-            first = model(**{name: ids[:, :-1]}, **others, use_cache=True)
+            first = model.eval()(**{name: ids[:, :-1]}, **others, use_cache=True)
             cache = getattr(first, "past_key_values", None)
             if cache is None:
                 return ()

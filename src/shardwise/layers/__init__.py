@@ -10,6 +10,9 @@
 | `replicate`, `replicated_with_grad_allreduce` | `Replicate`, `ReplicatedWithGradAllReduce` |
 | `local_params`, `local_mixer`, `local_rows` | `LocalParamsParallel`, `LocalMixer`, `LocalRows` |
 | `local_head_bias`, `local_head_state`, `local_state` | `LocalHeadBias`, `LocalHeadState`, `LocalState` |
+| `local_params`, `local_rows` | `LocalParamsParallel`, `LocalRows` |
+| `hashed_heads`, `agreed_seeds`, `ngram_heads` | `HashedHeads`, `AgreedSeeds`, `NgramHeads` |
+| `local_head_bias`, `all_reduce` | `LocalHeadBias`, `AllReduceParallel` |
 | `local_width`, `colwise_whole_input` | `LocalWidth`, `ColwiseWholeInput` |
 | `all_reduce` | `AllReduceParallel` |
 | `sequence_parallel` | `SequenceParallel` |
@@ -49,6 +52,7 @@ from shardwise.layers.experts import (
     MoeIdentityExpert,
 )
 from shardwise.layers.gradients import sum_gradient
+from shardwise.layers.heads import AgreedSeeds, HashedHeads, NgramHeads
 from shardwise.layers.latent import MlaKvAProjGatherOutput, MlaKvAProjParallel
 from shardwise.layers.linear import (
     ColwiseGatherOutput,
@@ -120,6 +124,9 @@ STYLES: MappingProxyType[str, type[ParallelStyle]] = MappingProxyType(
         "stacked_colwise": StackedColwise,
         "stacked_rowwise": StackedRowwise,
         "einsum": EinsumParallel,
+        "agreed_seeds": AgreedSeeds,
+        "hashed_heads": HashedHeads,
+        "ngram_heads": NgramHeads,
         "local_head_bias": LocalHeadBias,
         "local_width": LocalWidth,
         "colwise_whole_input": ColwiseWholeInput,
@@ -133,6 +140,7 @@ STYLES: MappingProxyType[str, type[ParallelStyle]] = MappingProxyType(
 
 __all__ = [
     "STYLES",
+    "AgreedSeeds",
     "AllReduceParallel",
     "Axis",
     "ColwiseGatherOutput",
@@ -151,6 +159,7 @@ __all__ = [
     "ExpertParallel",
     "Facts",
     "GroupedGemm",
+    "HashedHeads",
     "LinearStyle",
     "Local",
     "LocalConfig",
@@ -166,6 +175,7 @@ __all__ = [
     "MlaKvAProjParallel",
     "MoeExpertsParallel",
     "MoeIdentityExpert",
+    "NgramHeads",
     "OverlappedLinear",
     "OverlappedRegion",
     "PackedColwiseParallel",

@@ -1,0 +1,75 @@
+"""Attention with a style of its own: Reformer's, XLNet's, ProphetNet's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+
+from shardwise.layers import Cut
+from shardwise.layout import Block
+from shardwise.plans.parts import rule
+from shardwise.spec import Rule
+
+_WITHOUT = "the model has no plan of its own"
+_HEADS = "its code counts heads, and these are dealt"
+
+
+def reformer(model: nn.Module, prefix: str, size: int) -> list[Rule]:
+    """Reformer: attention in chunks and by hashes, in layers that are computed backwards in backward."""
+    found = [
+        rule(f"{prefix}encoder.layers.*", "agreed_seeds", "what is drawn anew in each forward pass is the same on all ranks"),
+        rule(f"{prefix}encoder.layers.*.feed_forward.dense.dense", "colwise", _WITHOUT),
+        rule(f"{prefix}encoder.layers.*.feed_forward.output.dense", "rowwise", _WITHOUT),
+    ]
+    for name, module in _places(model, "num_attention_heads", "all_head_size"):
+        inside = [child for child in ("query", "key", "query_key", "value") if hasattr(module, child)]
+        style = "hashed_heads" if hasattr(module, "query_key") else "local_params"
+        output = f"{name.rpartition('.')[0]}.output.dense"
+        found += _attention(prefix, name, module, size, inside, output, "num_attention_heads", style)
+    return found
+
+
+def prophetnet(model: nn.Module, prefix: str, size: int) -> list[Rule]:
+    """ProphetNet: attention over n-grams, and attention that is handed masks of all heads."""
+    found = []
+    for stack in ("encoder", "decoder"):
+        path = f"{prefix}{stack}.layers.*.feed_forward"
+        found += [rule(f"{path}.intermediate", "colwise", _WITHOUT), rule(f"{path}.output", "rowwise", _WITHOUT)]
+    for name, module in _places(model, "num_attn_heads", "query_proj"):
+        inside = ("query_proj", "key_proj", "value_proj")
+        found += _attention(prefix, name, module, size, inside, f"{name}.out_proj", "num_attn_heads", "ngram_heads")
+        if hasattr(module, "ngram"):
+            found.append(rule(f"{prefix}{name}.relative_pos_embeddings", "replicate", "its code mixes heads and positions"))
+    return found
+
+
+def xlnet(model: nn.Module, prefix: str, size: int) -> list[Rule]:
+    """XLNet: products by einsum with (features, heads, dims)."""
+    path = f"{prefix}layer.*.rel_attn"
+    cut = ("q", "k", "v", "r", "o", "seg_embed", "r_w_bias", "r_r_bias", "r_s_bias")
+    heads = [name for name, _ in _places(model, "r_w_bias", "seg_embed")]
+    return [
+        rule(path, "einsum", "parameters of (features, heads, dims), cut between heads"),
+        *(Rule(f"{prefix}{name}.{child}", "colwise", "shardwise", Cut(), reason=_WITHOUT) for name in heads for child in cut),
+        rule(f"{prefix}layer.*.ff.layer_1", "colwise", _WITHOUT),
+        rule(f"{prefix}layer.*.ff.layer_2", "rowwise", _WITHOUT),
+    ]
+
+
+def _places(model: nn.Module, *having: str) -> Iterator[tuple[str, nn.Module]]:
+    return ((name, module) for name, module in model.named_modules() if all(hasattr(module, child) for child in having))
+
+
+def _attention(
+    prefix: str, name: str, module: nn.Module, size: int, inside: Sequence[str], output: str, count: str, style: str
+) -> list[Rule]:
+    """Projections and an output cut between heads, in a module whose code counts them by the attribute `count`."""
+    heads, width = getattr(module, count), getattr(module, inside[0]).out_features
+    cut = Cut(unit=width // heads)
+    local = tuple(Block(heads).local_length(rank, size) for rank in range(size))
+    return [
+        *(Rule(f"{prefix}{name}.{child}", "colwise", "shardwise", cut, reason=_WITHOUT) for child in inside),
+        Rule(prefix + output, "rowwise", "shardwise", cut, reason=_WITHOUT),
+        Rule(prefix + name, style, "shardwise", attributes={count: local}, reason=_HEADS),
+    ]
