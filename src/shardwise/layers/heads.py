@@ -26,22 +26,27 @@ class HashedHeads(LocalParamsParallel):
 
     def _hash_vectors(self, *args: Any, **kwargs: Any) -> Any:
         name = "num_attention_heads"
-        with _DrawnForAll(_full(self, name), getattr(self, name), _first(self, name)):
+        with _DrawnForAll(_full(self, name), getattr(self, name), _first(self, name), getattr(self, "hash_seed", None)):
             return super()._hash_vectors(*args, **kwargs)  # type: ignore[misc]
 
 
 class _DrawnForAll(TorchFunctionMode):
-    def __init__(self, full: int, local: int, first: int) -> None:
+    def __init__(self, full: int, local: int, first: int, seed: int | None) -> None:
         super().__init__()
-        self._full, self._local, self._first = full, local, first
+        self._full, self._local, self._first, self._seed = full, local, first, seed
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if function is torch.randn and args and isinstance(args[0], tuple) and args[0][0] == self._local:
-            drawn: Tensor = function((self._full, *args[0][1:]), *args[1:], **(kwargs or {}))
+            own = {} if self._seed is None else {"generator": self._seeded((kwargs or {}).get("device"))}
+            drawn: Tensor = function((self._full, *args[0][1:]), *args[1:], **(kwargs or {}), **own)
             return drawn[self._first : self._first + self._local]
         return function(*args, **(kwargs or {}))
+
+    def _seeded(self, device: Any) -> torch.Generator:
+        # What the global generator would draw, which ranks that are threads share.
+        return torch.Generator(device or "cpu").manual_seed(self._seed or 0)
 
 
 class AgreedSeeds(Replicate):
