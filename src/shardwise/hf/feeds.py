@@ -34,8 +34,8 @@ def sample_feeds(model: PreTrainedModel) -> list[Inputs | Callable[[nn.Module], 
     if vocabulary < 2 and model.main_input_name == "input_ids":
         raise _unknown(model)
     generator = torch.Generator().manual_seed(0)
-    drawn = [_ids(model, vocabulary, generator) for _ in range(2)] if vocabulary > 1 else []
-    batches = [fitting for ids in drawn or [None] if (fitting := _first_that_runs(model, _inputs(model, ids, generator)))]
+    drawn = [_ids(model, vocabulary, generator) if vocabulary > 1 else None for _ in range(2)]
+    batches = [fitting for ids in drawn if (fitting := _first_that_runs(model, _inputs(model, ids, generator)))]
     if not batches:
         raise _unknown(model)
     feeds: list[Inputs | Callable[[nn.Module], object]] = [_with_states(model, batches[0], generator), *batches[1:]]

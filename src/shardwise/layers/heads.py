@@ -1,4 +1,4 @@
-"""Attention on local heads whose code makes something for all heads: random rotations, position biases; and what goes with it."""
+"""Attention on local heads whose code makes something for all heads: random rotations, position biases, masks."""
 
 from __future__ import annotations
 
@@ -39,8 +39,10 @@ class _DrawnForAll(TorchFunctionMode):
         self, function: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if function is torch.randn and args and isinstance(args[0], tuple) and args[0][0] == self._local:
-            own = {} if self._seed is None else {"generator": self._seeded((kwargs or {}).get("device"))}
-            drawn: Tensor = function((self._full, *args[0][1:]), *args[1:], **(kwargs or {}), **own)
+            kwargs = dict(kwargs or {})
+            if self._seed is not None:
+                kwargs["generator"] = self._seeded(kwargs.get("device"))
+            drawn: Tensor = torch.randn((self._full, *args[0][1:]), **kwargs)
             return drawn[self._first : self._first + self._local]
         return function(*args, **(kwargs or {}))
 
@@ -50,11 +52,13 @@ class _DrawnForAll(TorchFunctionMode):
 
 
 class AgreedSeeds(Replicate):
-    """A layer of a reversible model, which seeds the random numbers of its two parts anew in each forward pass, to draw the same
-    again in backward: all ranks take the first one's seeds.
+    """A layer of a reversible model, which seeds the random numbers of its two parts anew in each forward pass, to draw the
+    same again in backward: all ranks take the first one's seeds.
     """
 
     prefix = "Agreed"
+    attention_seed: Any
+    feed_forward_seed: Any
 
     def _init_attention_seed(self) -> None:
         super()._init_attention_seed()  # type: ignore[misc]
@@ -80,6 +84,7 @@ class NgramHeads(LocalParamsParallel):
     """
 
     prefix = "Ngram"
+    num_attn_heads: int
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         own = {name: self._own_mask(value) for name, value in kwargs.items()}

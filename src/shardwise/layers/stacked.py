@@ -1,4 +1,4 @@
-"""Products that no linear layer computes: with stacked matrices, an expert's each, and with parameters of three dims by einsum."""
+"""Products that no linear layer computes: with stacked matrices, and by einsum with parameters of three dims."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ class StackedStyle(ParallelStyle):
     def refuses(cls, module: nn.Module) -> str | None:
         own = {name: p for name, p in module._parameters.items() if p is not None}
         fits = own.keys() == {"weight"} and own["weight"].dim() == 3
-        return None if fits else f"{type(module).__name__} is no product with stacked matrices: (experts, out, in), without a bias"
+        return (
+            None if fits else f"{type(module).__name__} is no product with stacked matrices: (experts, out, in), without a bias"
+        )
 
 
 class StackedColwise(StackedStyle):

@@ -21,10 +21,16 @@ class LocalWidth(LocalParamsParallel):
     prefix = "LocalWidth"
     input_width: int
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        stand_in = x.new_full((), float("nan")).expand(*x.shape[:-1], self.input_width)
-        stand_in.stands_for = x  # type: ignore[attr-defined]
-        return super().forward(stand_in, *args, **kwargs)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if args:
+            return super().forward(self._stand_in(args[0]), *args[1:], **kwargs)
+        first = next(iter(kwargs))
+        return super().forward(**(kwargs | {first: self._stand_in(kwargs[first])}))
+
+    def _stand_in(self, x: Tensor) -> Tensor:
+        made = x.new_full((), float("nan")).expand(*x.shape[:-1], self.input_width)
+        made.stands_for = x  # type: ignore[attr-defined]
+        return made
 
 
 class ColwiseWholeInput(ColwiseParallel):
