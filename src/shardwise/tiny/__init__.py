@@ -25,11 +25,11 @@ def known(name: str) -> frozenset[str]:
 
 
 def config(name: str, **options: object) -> PreTrainedConfig:
-    """The config of a type: the common sizes, and what `TINY`, `UNPLANNED` or `NESTED` says besides."""
+    """The config of a type, without dropout: the common sizes, and what `TINY`, `UNPLANNED` or `NESTED` says besides."""
     name = PARTS.get(name, name)
     common = {key: value for key, value in COMMON.items() if key in known(name)}
     sizes: dict[str, object] = {}
-    for given in (common, TINY.get(name, {}), UNPLANNED.get(name, {}), _parts(name), options):
+    for given in (common, _without_dropout(name), TINY.get(name, {}), UNPLANNED.get(name, {}), _parts(name), options):
         sizes |= {_aliases(name).get(key, key): value for key, value in given.items()}  # a field has several names
     return AutoConfig.for_model(name, **sizes)
 
@@ -72,6 +72,12 @@ def empty(made: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTraine
 @cache
 def _aliases(name: str) -> Mapping[str, str]:
     return dict(CONFIG_MAPPING[name].attribute_map)
+
+
+def _without_dropout(name: str) -> dict[str, object]:
+    """The rates of dropout in a config that are not 0 by default, as 0."""
+    found = ((field, getattr(CONFIG_MAPPING[name], field, None)) for field in known(name) if "drop" in field)
+    return {field: 0.0 for field, rate in found if isinstance(rate, float) and rate}
 
 
 def _parts(name: str) -> dict[str, object]:
