@@ -16,6 +16,7 @@ Inputs = Mapping[str, Any]
 _TOKENS = 12
 _FIRST = 10
 _ENCODED = 7
+_LARGE = 512
 _ENDINGS = (IndexError, RuntimeError, TypeError, ValueError, AttributeError, KeyError)
 _STATES = ("encoder_hidden_states", "cross_attention_states", "encoder_outputs")
 _WIDTHS = ("cross_attention_hidden_size", "encoder_hidden_size", "hidden_size", "d_model", "n_embd")
@@ -38,7 +39,7 @@ def sample_feeds(model: PreTrainedModel) -> list[Inputs | Callable[[nn.Module], 
     batches = [fitting for ids in drawn if (fitting := _first_that_runs(model, _inputs(model, ids, generator)))]
     if not batches:
         raise _unknown(model)
-    feeds: list[Inputs | Callable[[nn.Module], object]] = [_with_states(model, batches[0], generator), *batches[1:]]
+    feeds: list[Inputs | Callable[[nn.Module], object]] = [_with_more(model, batches[0], generator), *batches[1:]]
     if len(batches) > 1 and _runs(model, padded := _padded(batches[1])):
         feeds[1] = padded
     if not _has_gradient(model, batches[0]):
@@ -77,6 +78,8 @@ def _inputs(model: PreTrainedModel, ids: Tensor | None, generator: torch.Generat
         yield {"input_ids": ids} | decoder
         yield {"input_ids": ids[:1]} | {name: given[:1] for name, given in decoder.items()}  # it knows no padding
         yield {"input_ids": ids.view(len(ids), 1, -1).repeat(1, 2, 1)}  # two choices
+        for images in _images(model, generator):
+            yield {"input_ids": ids, "pixel_values": images}
         return
     decoder = {"decoder_input_ids": ids} if ids is not None and model.config.is_encoder_decoder else {}
     for shape in _shapes(model):
@@ -95,23 +98,32 @@ def _shapes(model: PreTrainedModel) -> Iterator[tuple[int, ...]]:
             yield (bands, 2 * positions)
         if bands is not None:
             yield (4 * _TOKENS, bands)
-    yield (3, 224, 224)
     yield (16_000,)
 
 
-def _with_states(model: PreTrainedModel, inputs: Inputs, generator: torch.Generator) -> Inputs:
-    """`inputs` with the states of an encoder, if modules run with it that don't without."""
-    if model.config.is_encoder_decoder or "input_ids" not in inputs:
+def _images(model: PreTrainedModel, generator: torch.Generator) -> Iterator[Tensor]:
+    """An image for each of two rows, (2, channels, height, width), of the sizes that the config says."""
+    if "pixel_values" in inspect.signature(model.forward).parameters:
+        for shape in dict.fromkeys(shape for shape in _shapes(model) if len(shape) == 3 and max(shape) < _LARGE):
+            yield torch.randn(2, *shape, generator=generator)
+
+
+def _with_more(model: PreTrainedModel, inputs: Inputs, generator: torch.Generator) -> Inputs:
+    """`inputs` with the states of an encoder, or images, if modules run with them that don't without."""
+    if model.config.is_encoder_decoder or "input_ids" not in inputs or "pixel_values" in inputs:
         return inputs
+    more = ({**inputs, "pixel_values": images} for images in _images(model, generator))
+    ways = (*_with_states(model, inputs, generator), *more)
+    return next((given for given in ways if _runs(model, given) and not _run(model, given) <= _run(model, inputs)), inputs)
+
+
+def _with_states(model: PreTrainedModel, inputs: Inputs, generator: torch.Generator) -> Iterator[Inputs]:
     name = next((name for name in _STATES if name in inspect.signature(model.forward).parameters), None)
     text = model.config.get_text_config()
     widths = dict.fromkeys(width for field in _WIDTHS if isinstance(width := getattr(text, field, None), int))
     for width in widths if name is not None else ():
         states = torch.randn(_rows(model, inputs), _ENCODED, width, generator=generator)
-        given = {**inputs, str(name): (states,) if name == "encoder_outputs" else states}
-        if _runs(model, given) and not _run(model, given) <= _run(model, inputs):
-            return given
-    return inputs
+        yield {**inputs, str(name): (states,) if name == "encoder_outputs" else states}
 
 
 def _rows(model: PreTrainedModel, inputs: Inputs) -> int:
