@@ -49,8 +49,8 @@ class LocalMixer(LocalParamsParallel):
 
 
 class LocalRows(LocalParamsParallel):
-    """As `LocalParamsParallel`; what a rule gives this style is cut along dim 0, or along the dim that its
-    cut names: a depthwise convolution by its channels, a table by its heads.
+    """As `LocalParamsParallel`; what a rule gives this style is cut along dim 0, or the dim that its cut names: a depthwise
+    convolution by its channels, a table by its heads.
     """
 
     @classmethod
