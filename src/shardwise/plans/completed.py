@@ -6,14 +6,13 @@ from __future__ import annotations
 
 from torch import nn
 
-from shardwise.plans import delta
+from shardwise.plans import delta, normed
 from shardwise.plans.parts import (
     LATENT,
     attention,
     latent_attention,
     mixer,
     mlp,
-    normed_attention,
     packed_mlp,
     places,
     rule,
@@ -132,14 +131,9 @@ def delta_and_latent(model: nn.Module, prefix: str, size: int) -> list[Rule]:
     return [*latent_attention(model, prefix, also=["g_proj"]), *delta.delta_attention(model, prefix, size)]
 
 
-def normed(model: nn.Module, prefix: str, size: int) -> list[Rule]:
-    """Attention whose queries and keys are normed over all heads."""
-    return normed_attention(model, prefix, size)
-
-
 def olmo_hybrid(model: nn.Module, prefix: str, size: int) -> list[Rule]:
-    """The same, and in most layers a gated delta net."""
-    return [*normed_attention(model, prefix, size), *delta.gated_delta_net(model, prefix, size)]
+    """Attention whose queries and keys are normed over all heads, and in most layers a gated delta net."""
+    return [*normed.attentions(model, prefix, size), *delta.gated_delta_net(model, prefix, size)]
 
 
 def deepseek_v4(model: nn.Module, prefix: str, size: int) -> list[Rule]:

@@ -31,34 +31,47 @@ _LARGE = (
 
 def gated_delta_net(model: nn.Module, prefix: str, size: int) -> list[Rule]:
     """The rules for every gated delta net on `size` ranks; those whose heads can't be dealt to them are computed whole."""
-    found: list[Rule] = []
-    for name, module in _at(model, "layers.*.linear_attn"):
-        heads = Heads(module.num_v_heads, module.num_k_heads)
-        # q, k, v and z lie key head by key head there, and ranks would share a part of one.
-        torn = hasattr(module, "in_proj_qkvz") and heads.shared(size)
-        problem = heads.problem(size) or (
-            f"{heads.kv} groups of q, k, v and z cannot be split over tp={size}" if torn else None
-        )
-        found += _whole(model, prefix, name, problem) if problem else _net(prefix + name, module, heads, size)
-    return found
+    return _all(model, prefix, size, "layers.*.linear_attn")
 
 
-def delta_attention(model: nn.Module, prefix: str, size: int, path: str = "layers.*.self_attn") -> list[Rule]:
+def delta_attention(model: nn.Module, prefix: str, size: int) -> list[Rule]:
     """The rules for every Kimi delta attention on `size` ranks; those whose heads can't be dealt to them are computed whole."""
+    return _all(model, prefix, size, "layers.*.self_attn")
+
+
+def dealt(name: str, module: Any, size: int) -> list[Rule] | None:
+    """The rules for module `name` on `size` ranks; None of one that is no such mixer, or whose heads can't be dealt."""
+    heads = _heads(module)
+    if heads is None or _problem(module, heads, size):
+        return None
+    return _net(name, module, heads, size) if hasattr(module, "num_v_heads") else _attention(name, module, heads, size)
+
+
+def _all(model: nn.Module, prefix: str, size: int, path: str) -> list[Rule]:
     found: list[Rule] = []
-    for name, module in _at(model, path):
-        heads = Heads(module.num_heads, module.num_heads)
-        problem = heads.problem(size)
-        found += _whole(model, prefix, name, problem) if problem else _attention(prefix + name, module, heads, size)
+    for name, module in model.named_modules():
+        # Others of the same name are attention.
+        if wildcard(name) == path and (heads := _heads(module)) is not None:
+            rules = dealt(prefix + name, module, size)
+            found += _whole(model, prefix, name, _problem(module, heads, size)) if rules is None else rules
     return found
 
 
-def _at(model: nn.Module, path: str) -> Iterator[tuple[str, Any]]:
-    """The modules at `path` that have a convolution: others of the same name are attention."""
-    return ((name, module) for name, module in model.named_modules() if wildcard(name) == path and hasattr(module, "conv1d"))
+def _heads(module: Any) -> Heads | None:
+    if not hasattr(module, "conv1d"):
+        return None
+    if hasattr(module, "num_v_heads") and hasattr(module, "num_k_heads"):
+        return Heads(module.num_v_heads, module.num_k_heads)
+    return Heads(module.num_heads, module.num_heads) if hasattr(module, "forget_gate") else None
 
 
-def _whole(model: nn.Module, prefix: str, name: str, problem: str) -> list[Rule]:
+def _problem(module: Any, heads: Heads, size: int) -> str | None:
+    # q, k, v and z lie key head by key head in one matrix, and ranks would share a part of one.
+    torn = hasattr(module, "in_proj_qkvz") and heads.shared(size)
+    return heads.problem(size) or (f"{heads.kv} groups of q, k, v and z cannot be split over tp={size}" if torn else None)
+
+
+def _whole(model: nn.Module, prefix: str, name: str, problem: str | None) -> list[Rule]:
     return mixer(model, prefix, name, f"linear attention, computed whole: {problem}", _LARGE)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from shardwise.plan import wildcard
+from shardwise.plans import normed
 from shardwise.plans.parts import rule, whole
 from shardwise.spec import Rule
 
@@ -13,7 +14,7 @@ def rules(model: nn.Module, prefix: str, size: int) -> list[Rule]:
     """The corrections for a model whose decoder layers are `{prefix}layers.*`."""
     small = "a low-rank projection between whole hidden states"
     below = [found for path in _LOW_RANK for found in whole(model, prefix, path, small)]
-    return [*below, *gemma4(model, prefix, size), *_sparse_mlps(model, prefix)]
+    return [*below, *gemma4(model, prefix, size), *_sparse_mlps(model, prefix, size)]
 
 
 _LOW_RANK = ("altup_projections.*", "altup_unembed_projections.*", "layers.*.laurel", "layers.*.altup")
@@ -36,8 +37,7 @@ def gemma4_vision(model: nn.Module, prefix: str, size: int) -> list[Rule]:
     return [rule(f"{path}.{child}", "replicate", reason) for child in children]
 
 
-def _sparse_mlps(model: nn.Module, prefix: str) -> list[Rule]:
-    reason = "activation sparsity takes the mean and the deviation over the full width"
+def _sparse_mlps(model: nn.Module, prefix: str, size: int) -> list[Rule]:
     mlps = [(name, module) for name, module in model.named_modules() if wildcard(name) == "layers.*.mlp"]
-    sparse = [name for name, module in mlps if getattr(module, "activation_sparsity", 0.0)]
-    return [rule(f"{prefix}{name}", "sharded_statistics", reason) for name in sparse]
+    found = [rule for name, module in mlps for rule in normed.mlp(prefix + name, module, size) or ()]
+    return [rule for rule in found if rule.style == "sharded_statistics"]  # the model's plan has the rest

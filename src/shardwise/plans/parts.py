@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from shardwise.heads import heads_of
 from shardwise.plan import wildcard
 from shardwise.spec import Rule
 
@@ -52,16 +51,6 @@ def attention(
     for place in places(model, path, having="sinks"):
         found += [rule(f"{prefix}{place}.sinks", "colwise"), rule(prefix + place, "local_params", "its sinks are local")]
     return found
-
-
-def normed_attention(model: nn.Module, prefix: str, size: int) -> list[Rule]:
-    """Attention whose queries and keys are normed over all heads at once, for which models' plans gather them: on local heads,
-    as the norms' statistics are summed (see `shardwise.norms`). Heads that can't be dealt stay as the model's plan has them.
-    """
-    places = [(name, module) for name, module in model.named_modules() if wildcard(name) == "layers.*.self_attn"]
-    heads = [heads_of(module) for _, module in places if hasattr(module, "q_norm")]
-    fits = all(one is not None and one.problem(size) is None for one in heads)
-    return attention(model, prefix) if fits else []
 
 
 def latent_attention(

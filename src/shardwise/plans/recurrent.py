@@ -24,16 +24,18 @@ def recurrent_gemma(model: nn.Module, prefix: str, size: int) -> list[Rule]:
     found = [*attention(model, prefix, path), *mlp(prefix, "layers.*.mlp_block")]
     for name, module in model.named_modules():
         if wildcard(name) == path and hasattr(module, "rg_lru"):
-            found += _recurrent_unit(model, prefix, name, module, size)
+            own, large = recurrent_unit(prefix + name, module, size), ["linear_x", "linear_y", "linear_out"]
+            reason = f"a recurrent unit, computed whole: {_blocks(module).problem(size)}"
+            found += mixer(model, prefix, name, reason, large) if own is None else own
     return found
 
 
-def _recurrent_unit(model: nn.Module, prefix: str, place: str, module: Any, size: int) -> list[Rule]:
-    unit, name = module.rg_lru, prefix + place
-    heads, block = Heads(unit.num_attention_heads, unit.num_attention_heads), Cut(unit=unit.block_width)
-    if problem := heads.problem(size):
-        reason = f"a recurrent unit, computed whole: {problem}"
-        return mixer(model, prefix, place, reason, ["linear_x", "linear_y", "linear_out"])
+def recurrent_unit(name: str, module: Any, size: int) -> list[Rule] | None:
+    """The rules for module `name` on `size` ranks; None of one that is no such unit, or whose blocks can't be dealt."""
+    if not hasattr(module, "rg_lru") or _blocks(module).problem(size):
+        return None
+    unit, heads = module.rg_lru, _blocks(module)
+    block = Cut(unit=unit.block_width)
     local = tuple(heads.local_query(rank, size) for rank in range(size))
     width = tuple(number * unit.block_width for number in local)
     # Its convolution's state starts out as wide as the hidden states, which are as wide as the unit.
@@ -51,14 +53,31 @@ def _recurrent_unit(model: nn.Module, prefix: str, place: str, module: Any, size
     ]
 
 
+def _blocks(module: Any) -> Heads:
+    return Heads(module.rg_lru.num_attention_heads, module.rg_lru.num_attention_heads)
+
+
 def rwkv(model: nn.Module, prefix: str, size: int) -> list[Rule]:
     """RWKV: time mixing, and channel mixing behind a gate as wide as the hidden states."""
-    mixing, gate = "blocks.*.attention", "a gate of whole hidden states, gathered"
+    found: list[Rule] = []
+    for name, module in model.named_modules():
+        if wildcard(name) == "blocks.*.attention":
+            found += time_mixing(prefix + name, module, size) or []
+    gate = "a gate of whole hidden states, gathered"
     return [
-        *(rule(f"{prefix}{mixing}.{child}", "colwise", _CHANNELS) for child in ("key", "value", "receptance")),
-        *(rule(f"{prefix}{mixing}.{child}", "colwise", _CHANNELS) for child in ("time_decay", "time_first")),
-        rule(f"{prefix}{mixing}.output", "rowwise", "reads the local channels"),
-        rule(f"{prefix}{mixing}", "local_state", "the state that it is handed is of all channels"),
+        *found,
         *mlp(prefix, "blocks.*.feed_forward", ["key"], "value"),
         rule(f"{prefix}blocks.*.feed_forward.receptance", "colwise_gather_output", gate),
+    ]
+
+
+def time_mixing(name: str, module: Any, size: int) -> list[Rule] | None:
+    """The rules for module `name` on `size` ranks; None of one that is no time mixing. Its channels are alone."""
+    if not hasattr(module, "time_decay") or not hasattr(module, "time_first"):
+        return None
+    return [
+        *(rule(f"{name}.{child}", "colwise", _CHANNELS) for child in ("key", "value", "receptance")),
+        *(rule(f"{name}.{child}", "colwise", _CHANNELS) for child in ("time_decay", "time_first")),
+        rule(f"{name}.output", "rowwise", "reads the local channels"),
+        rule(name, "local_state", "the state that it is handed is of all channels"),
     ]

@@ -23,14 +23,16 @@ def rules(model: Any, prefix: str, size: int) -> list[Rule]:
     found: list[Rule] = []
     for place, module in model.named_modules():
         if wildcard(place) == "blocks.*.mlstm_layer":
-            heads = Heads(module.config.num_heads, module.config.num_heads)
-            problem = heads.problem(size)
-            reason = f"memory cells, computed whole: {problem}"
-            found += mixer(model, prefix, place, reason, _LARGE) if problem else _memory(prefix + place, module, heads, size)
+            own, reason = memory(prefix + place, module, size), f"memory cells, computed whole: {_heads(module).problem(size)}"
+            found += mixer(model, prefix, place, reason, _LARGE) if own is None else own
     return [*found, *mlp(prefix, "blocks.*.ffn", ("proj_up_gate", "proj_up"), "proj_down")]
 
 
-def _memory(name: str, module: Any, heads: Heads, size: int) -> list[Rule]:
+def memory(name: str, module: Any, size: int) -> list[Rule] | None:
+    """The rules for module `name` on `size` ranks; None of one that has no such cells, or whose heads can't be dealt."""
+    if not all(hasattr(module, child) for child in (*_LARGE, "multihead_norm")) or _heads(module).problem(size):
+        return None
+    heads = _heads(module)
     keys, values = Cut(unit=module.qk_dim // heads.query), Cut(unit=module.v_dim // heads.query)
     cuts = {"q": keys, "k": keys, "v": values, "ogate_preact": values, "igate_preact": Cut(), "fgate_preact": Cut()}
     local = tuple(heads.local_query(rank, size) for rank in range(size))
@@ -42,3 +44,7 @@ def _memory(name: str, module: Any, heads: Heads, size: int) -> list[Rule]:
         Rule(f"{name}.out_proj", "rowwise", "shardwise", values, reason="reads the local heads"),
         Rule(name, "local_head_state", "shardwise", attributes=numbers, reason=reads),
     ]
+
+
+def _heads(module: Any) -> Heads:
+    return Heads(module.config.num_heads, module.config.num_heads)

@@ -1,0 +1,23 @@
+"""Modules that are dealt as we know, whatever model they are in: told by what is in them."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from shardwise.plans import delta, lightning, normed, recurrent, xlstm
+from shardwise.spec import Rule
+
+_KNOWN = (
+    delta.dealt,
+    lightning.dealt,
+    recurrent.recurrent_unit,
+    recurrent.time_mixing,
+    xlstm.memory,
+    normed.attention,
+    normed.mlp,
+)
+
+
+def known_rules(name: str, module: nn.Module, size: int) -> list[Rule] | None:
+    """The rules for module `name` on `size` ranks; None of one that is not known, or whose parts can't be dealt."""
+    return next((rules for dealt in _KNOWN if (rules := dealt(name, module, size)) is not None), None)
