@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import shardwise
@@ -77,6 +78,27 @@ def test_position_bias_is_cut_with_its_heads():
 def test_stacked_products_of_several_modules_are_cut():
     """Guards: experts whose matrices lie in a module each, which nothing copies the input to and nothing sums the output of."""
     assert {name for name in whole(infer(tiny.build("jetmoe"), 2).plan) if "router" not in name} == set()
+
+
+def test_attention_that_is_exchanged_keeps_its_heads(threads):
+    """Guards: heads that are all again on each rank once the model's own code puts full attention in place of sparse, for a
+    short text; blocks that are read at random drawn for local heads alone.
+    """
+    options = {"block_size": 4, "num_random_blocks": 1}
+    plan = shardwise.infer_plan(tiny.build("big_bird", **options), 2)
+    made = [tiny.build("big_bird", **options).eval() for _ in range(3)]
+    texts = [torch.arange(3, 83).view(2, 40), torch.arange(3, 27).view(2, 12)]  # sparse, then full
+    expected = [made[2](input_ids=ids).logits for ids in texts]
+
+    def on_rank() -> list[Tensor]:
+        mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+        model = shardwise.parallelize(made[mesh.get_local_rank()], mesh, plan=plan)
+        return [model(input_ids=ids).logits for ids in texts]
+
+    for logits in threads(on_rank, 2):
+        for ours, theirs in zip(logits, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+    assert "BigBirdSelfAttention" in type(made[0].bert.encoder.layer[0].attention.self).__name__
 
 
 @pytest.mark.parametrize("size", [2, 4])

@@ -7,6 +7,7 @@
 | `islands` | what falls apart into components: heads, KV groups, channels |
 | `layouts`, `proposals`, `ends` | components as blocks, islands as rules, and the vocabulary |
 | `simulate`, `search`, `choose` | every rank on a thread; what modules need besides cut weights; what passes |
+| `switched` | modules that a model exchanges for others |
 | `plan`, `prove`, `subject` | what is called, and what plans are tried out on |
 | `unknown` | what `tp_plan="auto"` does of a model without a plan |
 """

@@ -12,6 +12,7 @@ from shardwise.infer.ends import gathered
 from shardwise.infer.proposals import Proposal
 from shardwise.infer.search import Patch, patched, patches
 from shardwise.infer.simulate import Proof, Reference, check
+from shardwise.infer.switched import switched
 from shardwise.plan import Plan, wildcard
 from shardwise.resolve import resolve
 from shardwise.spec import Rule
@@ -121,6 +122,7 @@ class Choice:
             *patched(self.reference.model, proposals, self.chosen, self.size),
             *(rule for tied in ends for rule in tied),
         ]
+        rules = switched(self.model, self.reference.model, rules)
         rules += self._whole({rule.pattern for rule in rules})
         try:
             plan = resolve(self.model, rules, self.size)

@@ -10,9 +10,8 @@
 | `replicate`, `replicated_with_grad_allreduce` | `Replicate`, `ReplicatedWithGradAllReduce` |
 | `local_params`, `local_mixer`, `local_rows` | `LocalParamsParallel`, `LocalMixer`, `LocalRows` |
 | `local_head_bias`, `local_head_state`, `local_state` | `LocalHeadBias`, `LocalHeadState`, `LocalState` |
-| `local_params`, `local_rows` | `LocalParamsParallel`, `LocalRows` |
 | `hashed_heads`, `agreed_seeds`, `ngram_heads` | `HashedHeads`, `AgreedSeeds`, `NgramHeads` |
-| `local_head_bias`, `all_reduce` | `LocalHeadBias`, `AllReduceParallel` |
+| `switched_attention`, `block_heads` | `SwitchedAttention`, `BlockHeads` |
 | `local_width`, `colwise_whole_input` | `LocalWidth`, `ColwiseWholeInput` |
 | `all_reduce` | `AllReduceParallel` |
 | `sequence_parallel` | `SequenceParallel` |
@@ -89,6 +88,7 @@ from shardwise.layers.sequence import (
     SequenceWhole,
     Stream,
 )
+from shardwise.layers.sparse import BlockHeads, SwitchedAttention
 from shardwise.layers.stacked import EinsumParallel, StackedColwise, StackedRowwise
 from shardwise.layers.traced import Facts
 from shardwise.layers.width import ColwiseWholeInput, LocalWidth
@@ -121,6 +121,8 @@ STYLES: MappingProxyType[str, type[ParallelStyle]] = MappingProxyType(
         "local_rows": LocalRows,
         "local_state": LocalState,
         "local_head_state": LocalHeadState,
+        "switched_attention": SwitchedAttention,
+        "block_heads": BlockHeads,
         "stacked_colwise": StackedColwise,
         "stacked_rowwise": StackedRowwise,
         "einsum": EinsumParallel,
@@ -143,6 +145,7 @@ __all__ = [
     "AgreedSeeds",
     "AllReduceParallel",
     "Axis",
+    "BlockHeads",
     "ColwiseGatherOutput",
     "ColwiseParallel",
     "ColwiseWholeInput",
@@ -200,6 +203,7 @@ __all__ = [
     "StackedColwise",
     "StackedRowwise",
     "Stream",
+    "SwitchedAttention",
     "WholeEmbeddingAdapter",
     "is_parallel",
     "is_plain",
