@@ -1,4 +1,4 @@
-"""Every causal-LM type that has a plan: exact on 2 and 4 ranks, evenly cut at its real size, and documented as it is."""
+"""Every causal-LM type: exact on 2 and 4 ranks, with a plan evenly cut at its real size, and documented as it is."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from parity.calls import CALLS, UNSOLVED
 from parity.job import Measured, compare
 from parity.sizes import RANKS, RealSize, real_size
 from parity.suite import Suite
-from parity.table import written
+from parity.table import RANK_COUNTS, origin, written
 from parity.types import every, planned
 from shardwise.errors import PlanError
 from shardwise.testing import RankError, RankPool
@@ -32,7 +33,7 @@ DOCUMENT = Path(__file__).parents[1] / "docs" / "architectures.md"
 @pytest.fixture(scope="module")
 def suite(tmp_path_factory) -> Suite:
     """Checkpoints and plain models' figures, once a type."""
-    return Suite(tmp_path_factory.mktemp("types"))
+    return Suite(tmp_path_factory.mktemp("types"), found_once=lambda name: name not in planned())
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +42,17 @@ def document() -> dict[str, tuple[str, ...]]:
     return written(DOCUMENT.read_text())
 
 
-@pytest.mark.parametrize("name", planned())
-@pytest.mark.parametrize("size", [2, 4], ids=["tp2", "tp4"])
+def case(name: str, size: int) -> object:
+    """A type on so many ranks; what is not solved has to fail."""
+    why = UNSOLVED.get((name, size))
+    return pytest.param(name, size, id=f"tp{size}-{name}", marks=[pytest.mark.xfail(reason=why)] if why else [])
+
+
+@pytest.mark.parametrize(("name", "size"), [case(name, size) for size in RANK_COUNTS for name in every()])
 def test_exact(name, size, suite, shm2, shm4):
-    """Guards: a type whose logits, loss, gradients (one or two micro-batches), tokens or saved bytes are not one process's."""
+    """Guards: a type whose logits, loss, gradients (one or two micro-batches), tokens or saved bytes are not one process's; one
+    that is solved and still said not to be.
+    """
     outcome = suite.outcome(name, {2: shm2, 4: shm4}[size])
     assert not isinstance(outcome, PlanError), outcome
     assert outcome.wrong == ()
@@ -52,9 +60,10 @@ def test_exact(name, size, suite, shm2, shm4):
 
 def test_types():
     """Guards: a release whose types or plans are others, which nobody would notice; a check that goes through no type."""
+    assert len(every()) == 189
     assert len(planned()) == 126
     assert "aria_text" in planned()
-    assert len(every()) == 189
+    assert {name for name, _ in UNSOLVED} | CALLS.keys() <= set(every())
 
 
 @pytest.mark.parametrize("name", planned())
@@ -62,20 +71,21 @@ def test_even_at_real_size(name):
     """Guards: a part of a model that every rank keeps whole, and no rule says why; a plan that cuts less than it did."""
     size = real_size(name)
     assert size.unexplained == []
-    assert size.share <= EVEN or name in UNEVEN
+    assert size.share is None or size.share <= EVEN or name in UNEVEN
 
 
-@pytest.mark.parametrize("name", planned())
+@pytest.mark.parametrize("name", every())
 def test_document(name, document):
     """Guards: docs/architectures.md out of date; `make parity` writes it."""
     assert name in document, "run `make parity`"
-    assert document[name][1:3] == ("exact", "exact")
-    assert document[name][-2:] == real_size(name).cells(), "run `make parity`"
+    words = tuple("open" if (name, size) in UNSOLVED else "exact" for size in RANK_COUNTS)
+    assert document[name][1:4] == (origin(name), *words), "run `make parity`"
+    assert name not in planned() or document[name][-2:] == real_size(name).cells(), "run `make parity`"
 
 
 def test_document_has_no_other_types(document):
     """Guards: a type that is gone, or twice there."""
-    assert list(document) == list(planned())
+    assert list(document) == list(every())
 
 
 def test_real_size_names_what_is_whole():

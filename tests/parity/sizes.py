@@ -48,9 +48,9 @@ class Kept:
 
 @dataclass(frozen=True)
 class RealSize:
-    """The fullest rank's bytes x 8 over the model's, and what makes it more than 1; or why it can't be cut."""
+    """The fullest rank's bytes times the ranks over the model's, and what makes it more than 1; or why it can't be cut."""
 
-    share: float = 0.0
+    share: float | None = None
     kept: tuple[Kept, ...] = ()
     problem: str = ""
 
@@ -61,7 +61,7 @@ class RealSize:
 
     def cells(self) -> tuple[str, str]:
         """As the documentation shows it: the share, and what stays whole."""
-        return ("-", self.problem) if self.problem else (f"{self.share:.3f}", "; ".join(map(str, self.kept)))
+        return "-" if self.share is None else f"{self.share:.3f}", self.problem or "; ".join(map(str, self.kept))
 
 
 @cache
@@ -72,17 +72,19 @@ def real_size(name: str, make: Callable[[str], nn.Module | PreTrainedConfig] = d
     except PlanError as error:
         return RealSize(problem=str(error).splitlines()[0])
     fullest = max(range(RANKS), key=plan.local_bytes)
-    return RealSize(plan.local_bytes(fullest) * RANKS / plan.full_bytes, tuple(_kept(plan, fullest)))
+    return RealSize(plan.local_bytes(fullest) * RANKS / plan.full_bytes, kept(plan))
 
 
-def _kept(plan: Plan, rank: int) -> list[Kept]:
+def kept(plan: Plan) -> tuple[Kept, ...]:
+    """What the fullest rank of a plan holds too much of."""
+    rank = max(range(plan.size), key=plan.local_bytes)
     reasons: dict[str, dict[str, float]] = {}
     for row in plan:
-        families = reasons.setdefault(reason := _reason(row), {})
+        families = reasons.setdefault(reason := _reason(row, plan.size), {})
         name = ".".join(row.name.split(".")[:2]) if reason.endswith(TOWER) else wildcard(row.name).removesuffix(".weight")
-        families[name] = families.get(name, 0.0) + (row.local_bytes(rank, RANKS) * RANKS - row.bytes) / plan.full_bytes
-    kept = [_kept_for(reason, families) for reason, families in reasons.items()]
-    return sorted((one for one in kept if one.excess >= LARGE), key=lambda one: -one.excess)
+        families[name] = families.get(name, 0.0) + (row.local_bytes(rank, plan.size) * plan.size - row.bytes) / plan.full_bytes
+    found = [_kept_for(reason, families) for reason, families in reasons.items()]
+    return tuple(sorted((one for one in found if one.excess >= LARGE), key=lambda one: -one.excess))
 
 
 def _kept_for(reason: str, families: dict[str, float]) -> Kept:
@@ -91,9 +93,9 @@ def _kept_for(reason: str, families: dict[str, float]) -> Kept:
     return Kept(tuple(names), total, reason)
 
 
-def _reason(row: ShardSpec) -> str:
+def _reason(row: ShardSpec, size: int) -> str:
     if row.sharded:
-        return "KV heads that ranks share" if row.layout.copies(row.shape, RANKS) > 1 else "pieces of unequal size"
+        return "KV heads that ranks share" if row.layout.copies(row.shape, size) > 1 else "pieces of unequal size"
     if row.buffer:
         return "a buffer (a mask, or a table of positions)"
     if row.rule is None:

@@ -39,12 +39,6 @@ FILLED: dict[str, dict[str, object]] = {
     },
 }
 
-# Of the families that the first pull request for plain tensors in transformers (#43157) was tried on, those that are no type
-# with a plan: where their language model is checked.
-ELSEWHERE = {
-    "aria": "its language model is `aria_text`",
-}
-
 OURS = (
     "bamba",
     "biogpt",

@@ -61,7 +61,7 @@ def wrapper_cells(name: str, results: Mapping[int, Result]) -> tuple[str, ...]:
     """A wrapper's row, as text."""
     wrapper, count = WRAPPERS[name], len(RANK_COUNTS) + 2
     row = cells(name, results, size_of)
-    return (name, wrapper.auto, wrapper.text, wrapper.reads, *row[1 : 1 + count], *row[-2:])
+    return (name, wrapper.auto, wrapper.text, wrapper.reads, *row[2 : 2 + count], *row[-2:])
 
 
 def render_wrappers(results: Results) -> str:
