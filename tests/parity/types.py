@@ -84,7 +84,7 @@ def build(name: str, **options: object) -> PreTrainedModel:
 @cache
 def _without_dropout(name: str) -> dict[str, object]:
     """A checkpoint's config must say so, too: what is loaded drops out what the config says."""
-    config = type(AutoConfig.for_model(tiny.PARTS.get(name, name)))
+    config = CONFIG_MAPPING[tiny.PARTS.get(name, name)]
     return {key: 0.0 for key, value in vars(config).items() if "drop" in key and isinstance(value, float) and value}
 
 
