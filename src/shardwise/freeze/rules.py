@@ -16,7 +16,7 @@ from shardwise.plans.frozen.scope import LENGTH, cut_length
 from shardwise.spec import Rule
 
 ENDS = ("embedding_rowwise", "colwise_gather_output")
-"""Styles of the ends of a model, which `hf.rules` knows."""
+"""Styles of the ends of a model, outside of its layers, which `hf.rules` knows."""
 WORDS = {"split": "", "share": " shared", "whole": " on every rank", "pad": " padded"}
 
 
@@ -54,12 +54,20 @@ def lines(found: Sequence[Found]) -> Iterator[Line]:
     families: dict[str, list[_Use]] = {}
     for one in found:
         for name, rule in one.rules.items():
-            if rule.style not in ENDS:
+            if rule.style not in ENDS or "*" in wildcard(name):
                 length = cut_length(one.model, name, style_named(rule.style, name)) if rule.cut is not None else None
                 families.setdefault(wildcard(name), []).append(_Use(one, name, rule, length))
     for family, uses in families.items():
-        if any(use.rule.style != "replicate" for use in uses):
-            yield _with_numbers(_line(family, uses), uses, families)
+        if kept := _cut_inside(uses):
+            yield _with_numbers(_line(family, kept), kept, families)
+
+
+def _cut_inside(uses: Sequence[_Use]) -> list[_Use]:
+    """Those that are cut as part of something that can be computed apart; else those whose outputs are gathered. One model may
+    run what another leaves out (cross-attention), and what is large depends on the size.
+    """
+    inside = [use for use in uses if use.rule.style not in (*ENDS, "replicate")]
+    return inside or [use for use in uses if use.rule.style in ENDS]
 
 
 def _line(family: str, uses: Sequence[_Use]) -> Line:

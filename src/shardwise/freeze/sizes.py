@@ -38,8 +38,6 @@ def _scaled(config: PreTrainedConfig, query: int, kv: int, width: tuple[int, int
     hidden = getattr(config, "hidden_size", None)
     for name, value in list(vars(config).items()):
         if not integer(value) or value < 2 or _FIXED.search(name):
-            if name == "vocab_size" and integer(value):
-                setattr(made, name, value + 4)
             continue
         if _KV.search(name):
             setattr(made, name, value * (query if value == getattr(config, "num_attention_heads", None) else kv))
