@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -150,9 +151,9 @@ def _own(model: nn.Module, cut: float) -> tuple[float | None, str]:
 def _models(config: PreTrainedConfig) -> list[nn.Module]:
     """The causal LM of a config, and its base model where that is more."""
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        made: list[nn.Module] = [tiny.empty(config, torch.float32)]
+        made: list[nn.Module] = [tiny.empty(copy.deepcopy(config), torch.float32)]  # decoders alone change their config
         if type(config) in AutoModel._model_mapping and config.is_encoder_decoder:
-            made.append(AutoModel.from_config(config, dtype=torch.float32))
+            made.append(AutoModel.from_config(copy.deepcopy(config), dtype=torch.float32))
     return made
 
 

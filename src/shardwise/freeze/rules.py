@@ -11,7 +11,7 @@ from shardwise.freeze.express import Sample, express
 from shardwise.layers.registry import style_named
 from shardwise.layout import Block
 from shardwise.plan import Line, wildcard
-from shardwise.plans.frozen.expand import local_numbers
+from shardwise.plans.frozen.expand import local_numbers, number
 from shardwise.plans.frozen.scope import LENGTH, cut_length
 from shardwise.spec import Rule
 
@@ -139,8 +139,15 @@ def _with_numbers(line: Line, uses: Sequence[_Use], families: Mapping[str, Seque
         text = next((text for text in texts if text is not None), None)
         if text is None:
             raise NotFrozen(f"{line.pattern}: nothing says into how many parts its {name} falls")
-        attributes[name] = f"in {text} parts"
+        attributes[name] = f"{_made_up(line.pattern, uses, name)}in {text} parts"
     return replace(line, attributes=attributes)
+
+
+def _made_up(family: str, uses: Sequence[_Use], name: str) -> str:
+    """What a number is, in words, where it is none of the module's."""
+    if all(number(use.found.model.get_submodule(use.name), name) is not None for use in uses):
+        return ""
+    return f"{_said(family, uses, [_whole(use, name) for use in uses])} "
 
 
 def _counts(uses: Sequence[_Use], others: Sequence[_Use], count: Callable[[_Use], int]) -> list[int] | None:
@@ -167,9 +174,17 @@ def _all_units(use: _Use) -> int:
 
 
 def _splits(use: _Use, name: str, count: int) -> bool:
-    value: object = use.found.model.get_submodule(use.name)
-    for part in name.split("."):
-        value = getattr(value, part, None)
-    if not isinstance(value, int) or count < use.found.size or value % count:
-        return False
-    return use.rule.attributes.get(name) == local_numbers(value, count, use.found.size)
+    values = use.rule.attributes.get(name)
+    whole = _whole(use, name)
+    return (
+        values is not None
+        and count >= use.found.size
+        and whole % count == 0
+        and values == local_numbers(whole, count, use.found.size)
+    )
+
+
+def _whole(use: _Use, name: str) -> int:
+    """What a number is in one process: of the module, or of what a style has made up, the sum."""
+    known = number(use.found.model.get_submodule(use.name), name)
+    return known if known is not None else sum(use.rule.attributes.get(name, ()))

@@ -121,13 +121,19 @@ def _vocabulary(model: PreTrainedModel, rules: list[Rule]) -> list[Rule]:
     embedding, head = _named(model, token_embedding(model)), _head(model)
     known = next((rule for rule in rules if embedding is not None and rule.matches(embedding[0])), None)
     if embedding is not None and known is None:
-        found.append(Rule(embedding[0], "embedding_rowwise", "shardwise", reason=reason))
+        found += [Rule(name, "embedding_rowwise", "shardwise", reason=reason) for name in _tied(model, embedding[1])]
     if head is None or any(rule.matches(head[0]) for rule in rules):
         return found
     tied = embedding is not None and embedding[1].weight is head[1].weight
     if not tied or known is None or known.style == "embedding_rowwise":
         found.append(Rule(head[0], "colwise_gather_output", "shardwise", reason=reason))
     return found
+
+
+def _tied(model: nn.Module, embedding: nn.Embedding) -> list[str]:
+    """The embeddings of the same weight: an encoder and a decoder may have one each."""
+    known = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Embedding))
+    return [name for name, module in known if module.weight is embedding.weight]
 
 
 def _head(model: PreTrainedModel) -> tuple[str, nn.Linear] | None:

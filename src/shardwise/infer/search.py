@@ -165,7 +165,8 @@ def patched(
 
 def _input_width(model: nn.Module, proposal: Proposal) -> int:
     """The features that all column-wise layers of a proposal read, where its parts can have as many each; else 0."""
-    layers = [model.get_submodule(rule.pattern) for rule in proposal.rules if rule.style in _COLWISE]
+    modules = dict(model.named_modules())  # rules name parameters, too
+    layers = [modules.get(rule.pattern) for rule in proposal.rules if rule.style in _COLWISE]
     widths = {module.in_features for module in layers if isinstance(module, nn.Linear)}
     width = widths.pop() if len(widths) == 1 else 0
     return width if width % proposal.count == 0 else 0

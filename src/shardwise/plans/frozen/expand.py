@@ -9,7 +9,7 @@ from torch import nn
 from shardwise.layers.registry import style_named
 from shardwise.layout import Block
 from shardwise.names import Names
-from shardwise.notation import evaluate, read_cut
+from shardwise.notation import Lookup, evaluate, read_cut
 from shardwise.plan import Line
 from shardwise.plans.frozen.record import Variant
 from shardwise.plans.frozen.scope import around, cut_length, lookup
@@ -34,28 +34,36 @@ def _rule(line: Line, model: nn.Module, name: str, prefix: str, size: int) -> Ru
     numbers = lookup(model, name, length)
     cut = read_cut(line.cut, length, numbers) if line.cut else None
     here, *outside = around(model, name)
-    attributes = {key: _local(here, key, evaluate(parts(text), numbers), size) for key, text in line.attributes.items()}
-    parents = {
-        key: _local(outside[0], key, evaluate(parts(text), numbers), size) for key, text in line.parent_attributes.items()
-    }
+    attributes = {key: _local(here, key, text, numbers, size) for key, text in line.attributes.items()}
+    parents = {key: _local(outside[0], key, text, numbers, size) for key, text in line.parent_attributes.items()}
     return Rule(prefix + name, line.style, "frozen", cut, attributes, parents, line.reason)
 
 
-def parts(text: str) -> str:
-    """The expression in "in num_heads parts". Raises `ValueError` for what is not written so."""
-    found = re.fullmatch(r"in (.+) parts", text)
+def parts(text: str) -> tuple[str, str]:
+    """The two expressions in "hidden_size in num_heads parts", the first "" where the number is one of the module's. Raises
+    `ValueError` for what is not written so.
+    """
+    found = re.fullmatch(r"(?:(.+) )?in (.+) parts", text)
     if found is None:
         raise ValueError(f"{text!r}: a number falls into so many parts, as in 'in num_heads parts'")
-    return found[1]
+    return found[1] or "", found[2]
 
 
-def _local(module: nn.Module, name: str, count: int, size: int) -> tuple[int, ...]:
+def _local(module: nn.Module, name: str, text: str, numbers: Lookup, size: int) -> tuple[int, ...]:
+    said, count = parts(text)
+    value = evaluate(said, numbers) if said else number(module, name)
+    here = evaluate(count, numbers)
+    if value is None or here < 1 or value % here:
+        raise ValueError(f"{type(module).__name__}.{name} is {value}, which does not fall into {here} parts")
+    return local_numbers(value, here, size)
+
+
+def number(module: nn.Module, name: str) -> int | None:
+    """The integer of a module that is called `name`, or "config.NAME"; None where it has none."""
     value: object = module
     for part in name.split("."):
         value = getattr(value, part, None)
-    if not isinstance(value, int) or value % count:
-        raise ValueError(f"{type(module).__name__}.{name} is {value}, which does not fall into {count} parts")
-    return local_numbers(value, count, size)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def local_numbers(value: int, count: int, size: int) -> tuple[int, ...]:
