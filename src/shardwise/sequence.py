@@ -20,6 +20,7 @@ from shardwise.layers import (
     LinearStyle,
     ParallelStyle,
     Replicate,
+    RowwiseInner,
     RowwiseParallel,
     RowwiseScatterOutput,
     RowwiseSplitInput,
@@ -153,7 +154,7 @@ class _Choice:
             elif (
                 direct
                 and issubclass(style, RowwiseParallel)
-                and not issubclass(style, RowwiseSplitInput | RowwiseScatterOutput)
+                and not issubclass(style, RowwiseSplitInput | RowwiseScatterOutput | RowwiseInner)
             ):
                 closing.append(inner)
                 if self._summed(self.plan[f"{inner}.weight"]):

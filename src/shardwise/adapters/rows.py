@@ -20,6 +20,7 @@ from shardwise.layers import (
     ParallelStyle,
     Replicate,
     ReplicatedWithGradAllReduce,
+    RowwiseInner,
     RowwiseParallel,
     RowwiseScatterOutput,
     RowwiseSplitInput,
@@ -125,7 +126,7 @@ class _Layer:
             self._add(found, "lora_A", adapter, a, first)
             self._add(found, "lora_B", adapter, self.wrapper.lora_B[adapter], second)
             if isinstance(self.wrapper.lora_dropout[adapter], nn.Dropout):
-                local = first is RowwiseParallel
+                local = first in (RowwiseParallel, RowwiseInner)
                 dropout = LocalDropout if local else CommonDropout
                 found.modules.append(ModuleSpec(f"{self.name}.lora_dropout.{adapter}", dropout, region=not local))
 
@@ -135,6 +136,8 @@ class _Layer:
             raise self.refused(f"the layer's style, {style.__name__}, does more than cut a product")
         if issubclass(style, ColwiseParallel):
             return None, ColwiseGatherOutput if issubclass(style, ColwiseGatherOutput) else ColwiseParallel
+        if issubclass(style, RowwiseInner):
+            return RowwiseInner, ReplicatedWithGradAllReduce
         if issubclass(style, RowwiseParallel):
             return RowwiseSplitInput if issubclass(style, RowwiseSplitInput) else RowwiseParallel, None
         if style not in (Replicate, ReplicatedWithGradAllReduce):
@@ -161,7 +164,8 @@ class _Layer:
     def _layout(self, style: type[ParallelStyle] | None, part: str, dims: int) -> Layout:
         """The base weight's cut, along the dim of it that the adapter's matrix has too."""
         row = self.weight
-        if style is None or row is None or row.layout.cut(row.shape) is None or (part == "lora_A" and dims == 1):
+        whole = style in (None, ReplicatedWithGradAllReduce) or (part == "lora_A" and dims == 1)
+        if whole or row is None or row.layout.cut(row.shape) is None:
             return Replicated()
         assert isinstance(row.layout, Sharded | Packed)
         return replace(row.layout, dim=0 if part == "lora_B" else 1)

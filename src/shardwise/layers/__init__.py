@@ -4,11 +4,12 @@
 |---|---|
 | `colwise`, `rowwise` | `ColwiseParallel`, `RowwiseParallel` |
 | `colwise_gather_output` (`colwise_rep`), `rowwise_split_input` (`rowwise_rep`) | `ColwiseGatherOutput`, `RowwiseSplitInput` |
-| `rowwise_scatter_output` | `RowwiseScatterOutput` |
+| `rowwise_scatter_output`, `rowwise_inner` | `RowwiseScatterOutput`, `RowwiseInner` |
 | `packed_colwise`, `packed_rowwise` | `PackedColwiseParallel`, `PackedRowwiseParallel` |
 | `embedding_rowwise`, `embedding_colwise` | `EmbeddingRowwise`, `EmbeddingColwise` |
 | `replicate`, `replicated_with_grad_allreduce` | `Replicate`, `ReplicatedWithGradAllReduce` |
-| `local_params`, `local_mixer`, `local_rows` | `LocalParamsParallel`, `LocalMixer`, `LocalRows` |
+| `local_params`, `local_rows` | `LocalParamsParallel`, `LocalRows` |
+| `local_mixer`, `unfused_mixer` | `LocalMixer`, `UnfusedMixer` |
 | `local_head_bias`, `local_head_state`, `local_state` | `LocalHeadBias`, `LocalHeadState`, `LocalState` |
 | `hashed_heads`, `agreed_seeds`, `ngram_heads` | `HashedHeads`, `AgreedSeeds`, `NgramHeads` |
 | `switched_attention`, `block_heads` | `SwitchedAttention`, `BlockHeads` |
@@ -59,6 +60,7 @@ from shardwise.layers.linear import (
     LinearStyle,
     PackedColwiseParallel,
     PackedRowwiseParallel,
+    RowwiseInner,
     RowwiseParallel,
     RowwiseScatterOutput,
     RowwiseSplitInput,
@@ -78,6 +80,7 @@ from shardwise.layers.replicated import (
     Replicate,
     ReplicatedWithGradAllReduce,
     SequenceParallel,
+    UnfusedMixer,
 )
 from shardwise.layers.sequence import (
     SequenceLayer,
@@ -102,6 +105,7 @@ STYLES: MappingProxyType[str, type[ParallelStyle]] = MappingProxyType(
         "rowwise_split_input": RowwiseSplitInput,
         "rowwise_rep": RowwiseSplitInput,
         "rowwise_scatter_output": RowwiseScatterOutput,
+        "rowwise_inner": RowwiseInner,
         "packed_colwise": PackedColwiseParallel,
         "packed_rowwise": PackedRowwiseParallel,
         "embedding_rowwise": EmbeddingRowwise,
@@ -118,6 +122,7 @@ STYLES: MappingProxyType[str, type[ParallelStyle]] = MappingProxyType(
         "moe_identity_expert": MoeIdentityExpert,
         "local_params": LocalParamsParallel,
         "local_mixer": LocalMixer,
+        "unfused_mixer": UnfusedMixer,
         "local_rows": LocalRows,
         "local_state": LocalState,
         "local_head_state": LocalHeadState,
@@ -187,6 +192,7 @@ __all__ = [
     "Region",
     "Replicate",
     "ReplicatedWithGradAllReduce",
+    "RowwiseInner",
     "RowwiseParallel",
     "RowwiseScatterOutput",
     "RowwiseSplitInput",
@@ -204,6 +210,7 @@ __all__ = [
     "StackedRowwise",
     "Stream",
     "SwitchedAttention",
+    "UnfusedMixer",
     "WholeEmbeddingAdapter",
     "is_parallel",
     "is_plain",

@@ -189,6 +189,23 @@ class RowwiseScatterOutput(RowwiseParallel):
         return output.narrow(-1, output.shape[-1] * start // length, output.shape[-1] * inputs[rank] // length)
 
 
+class RowwiseInner(RowwiseParallel):
+    """`RowwiseParallel` of which local heads or channels read the outputs.  X (..., in/tp) S(-1) -> Y (..., out) R.
+
+    For a product inside a parallel region that looks at all of its channels (Mamba's step sizes, B and C): one all-reduce in
+    forward, and one of the outputs' partial gradients in backward. What is between it and the local channels sees partial
+    gradients too: norms there are `replicated_with_grad_allreduce`, products with a cut weight `local_rows`.
+    """
+
+    prefix = "RowwiseInner"
+    closes_region = False
+
+    def forward(self, input: Tensor) -> Tensor:
+        state, bias = self._tp, self._parameters.get("bias")
+        output = reduce_from_tp(self._product(input), state.mesh)
+        return copy_to_tp(output if bias is None else output + bias, state.mesh)
+
+
 class PackedColwiseParallel(ColwiseParallel):
     """`ColwiseParallel` of a weight in which two matrices are fused (gate | up): each is cut on its own, so each rank gets a
     pair.

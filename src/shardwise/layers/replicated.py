@@ -65,6 +65,23 @@ class LocalRows(LocalParamsParallel):
         return {"groups": groups * local.shape("weight")[0] // local.layouts["weight"][1][0]}
 
 
+class UnfusedMixer(LocalMixer):
+    """As `LocalMixer`, of a state-space mixer, whose code in training calls one fused kernel, where that is installed. It
+    multiplies by the weight of the output projection, past the sum over the ranks, and norms by the rank's own statistics.
+
+    So the mixer's forward is not told that it trains, which is all that it reads `training` for, and calls its modules.
+    """
+
+    prefix = "Unfused"
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        training, self.training = self.training, False
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            self.training = training
+
+
 class ReplicatedWithGradAllReduce(Replicate):
     """Whole parameters that see only this rank's part of the activations (a norm over local heads): their gradients are summed.
 

@@ -25,6 +25,7 @@ from shardwise.plans import (
     phi3,
     phi4_multimodal,
     recurrent,
+    state_space,
     xlstm,
     zaya,
 )
@@ -56,6 +57,8 @@ CORRECTIONS: Mapping[str, Corrections] = MappingProxyType(
         "emu3_text_model": completed.plain_decoder,
         "exaone_moe": completed.shared_experts,
         "falcon": decoders.falcon,
+        "falcon_h1": state_space.falcon_h1,
+        "falcon_mamba": state_space.mamba_alone,
         "flex_olmo": normed.attentions,
         "flint": completed.plain_attention,
         "gemma3n_text": gemma3n.rules,
@@ -84,6 +87,8 @@ CORRECTIONS: Mapping[str, Corrections] = MappingProxyType(
         "lfm2": convolution.lfm2,
         "lfm2_moe": convolution.lfm2,
         "lfm3": convolution.lfm3,
+        "mamba": state_space.mamba_alone,
+        "mamba2": state_space.mamba2_alone,
         "minicpm3": completed.wide_latent_alone,
         "minimax": lightning.rules,
         "minimax_m2": normed.attentions,
@@ -117,6 +122,8 @@ CORRECTIONS: Mapping[str, Corrections] = MappingProxyType(
         "xlstm": xlstm.rules,
         "xlnet": heads.xlnet,
         "youtu": completed.wide_latent,
+        "zamba": state_space.zamba,
+        "zamba2": state_space.zamba2,
         "zaya": zaya.rules,
     }
 )

@@ -7,6 +7,7 @@ from __future__ import annotations
 from torch import nn
 
 from shardwise.plans import delta, normed
+from shardwise.plans.mixers import mamba, mamba2
 from shardwise.plans.parts import (
     LATENT,
     attention,
@@ -22,7 +23,6 @@ from shardwise.spec import Rule
 
 SHARED = "layers.*.mlp.shared_experts"
 _ATTENTION = "layers.*.self_attn"
-_STATE_SPACE = "a state-space mixer, computed whole"
 
 
 def afmoe(model: nn.Module, prefix: str, size: int) -> list[Rule]:
@@ -77,7 +77,7 @@ def granite(model: nn.Module, prefix: str, size: int) -> list[Rule]:
     return [
         *attention(model, prefix),
         *packed_mlp(prefix, "layers.*.shared_mlp", "input_linear", "output_linear"),
-        *mamba2(model, prefix, "layers.*.mamba"),
+        *mamba2(model, prefix, "layers.*.mamba", size),
     ]
 
 
@@ -96,13 +96,13 @@ def jamba(model: nn.Module, prefix: str, size: int) -> list[Rule]:
     return [
         *attention(model, prefix),
         *mlp(prefix, "layers.*.feed_forward"),
-        *mixer(model, prefix, "layers.*.mamba", _STATE_SPACE, ["in_proj", "out_proj"]),
+        *mamba(model, prefix, "layers.*.mamba", size),
     ]
 
 
 def bamba(model: nn.Module, prefix: str, size: int) -> list[Rule]:
     """Attention in some layers, a Mamba-2 mixer in the others, and an MLP in all."""
-    return [*attention(model, prefix), *mlp(prefix, "layers.*.feed_forward"), *mamba2(model, prefix, "layers.*.mamba")]
+    return [*attention(model, prefix), *mlp(prefix, "layers.*.feed_forward"), *mamba2(model, prefix, "layers.*.mamba", size)]
 
 
 def plain_decoder(model: nn.Module, prefix: str, size: int) -> list[Rule]:
@@ -117,13 +117,8 @@ def nemotron_h(model: nn.Module, prefix: str, size: int) -> list[Rule]:
         *attention(model, prefix, path),
         *mlp(prefix, path, ["up_proj"]),
         *mlp(prefix, f"{path}.shared_experts", ["up_proj"]),
-        *mamba2(model, prefix, path),
+        *mamba2(model, prefix, path, size),
     ]
-
-
-def mamba2(model: nn.Module, prefix: str, path: str) -> list[Rule]:
-    """A Mamba-2 mixer. Its fused kernel reads `out_proj.weight` itself, so that is whole too."""
-    return mixer(model, prefix, path, _STATE_SPACE, ["in_proj"], having="conv1d")
 
 
 def delta_and_latent(model: nn.Module, prefix: str, size: int) -> list[Rule]:

@@ -40,6 +40,7 @@ COMMON: dict[str, object] = {
 LATENT: dict[str, object] = {"num_key_value_heads": 4, "head_dim": 8}
 DENSE_THEN_SPARSE: dict[str, object] = {"mlp_layer_types": ["dense", "sparse"]}
 MAMBA2: dict[str, object] = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 2}
+ZAMBA: dict[str, object] = {"layers_block_type": ["mamba", "hybrid", "hybrid"], "num_hidden_layers": 3}
 DELTA_NET: dict[str, object] = {
     "linear_num_value_heads": 4,
     "linear_num_key_heads": 2,
@@ -276,5 +277,23 @@ TINY: dict[str, dict[str, object]] = {
     "qwen3_5_moe_text": GATED_DELTA_NET,
     "qwen3_5_text": GATED_DELTA_NET,
     "qwen3_next": GATED_DELTA_NET,
+    "falcon_h1": MAMBA2 | {"mamba_d_ssm": 128, "mamba_rms_norm": True, "ssm_multipliers": [0.5, 0.7, 1.1, 0.9, 1.3]},
+    "falcon_mamba": {"state_size": 8, "time_step_rank": 4},
+    "mamba": {"state_size": 8, "time_step_rank": 4},
+    "mamba2": {"num_heads": 8, "n_groups": 2, "state_size": 16, "chunk_size": 8},
+    "zamba": ZAMBA
+    | {"num_attention_heads": 8, "num_key_value_heads": 4, "mamba_d_state": 8, "mamba_dt_rank": 4, "n_mamba_heads": 4},
+    "zamba2": ZAMBA
+    | {
+        "mamba_d_state": 16,
+        "mamba_ngroups": 2,
+        "n_mamba_heads": 8,
+        "mamba_headdim": 16,
+        "chunk_size": 8,
+        "num_key_value_heads": 4,
+        "attention_head_dim": 32,
+        "use_shared_attention_adapter": True,
+        "adapter_rank": 8,
+    },
     "seed_oss": {"attention_dropout": 0.0, "residual_dropout": 0.0},
 }

@@ -18,6 +18,7 @@ from shardwise.layers import (
     EpRouter,
     ExpertParallel,
     LinearStyle,
+    LocalMixer,
     LocalParamsParallel,
     MlaKvAProjGatherOutput,
     MlaKvAProjParallel,
@@ -26,6 +27,7 @@ from shardwise.layers import (
     ParallelStyle,
     Replicate,
     ReplicatedWithGradAllReduce,
+    RowwiseInner,
     RowwiseParallel,
     RowwiseScatterOutput,
     RowwiseSplitInput,
@@ -124,7 +126,7 @@ _GIVE_ALL = (
     EpRouter,
 )
 _GIVE_PARTS = (RowwiseScatterOutput, ReplicatedWithGradAllReduce, MoeIdentityExpert)
-_PARTIAL_GRADIENT = (MlaKvAProjParallel, MlaKvAProjGatherOutput)
+_PARTIAL_GRADIENT = (MlaKvAProjParallel, MlaKvAProjGatherOutput, RowwiseInner)
 
 
 class Arrangements:
@@ -212,6 +214,8 @@ class Arrangements:
         return any(closer.startswith(f"{name}.") for closer in self._closers)
 
     def _leaves_parts(self, row: ModuleSpec) -> bool:
+        if issubclass(row.style, LocalMixer):
+            return False
         if issubclass(row.style, LocalParamsParallel):
             return not self._has_region(row.name)
         return _gives_parts(row.style) and not issubclass(row.style, MoeIdentityExpert)
@@ -223,7 +227,7 @@ def entered(plan: Plan) -> list[str]:
 
 
 def _closes(style: type[ParallelStyle]) -> bool:
-    return issubclass(style, RowwiseParallel) and not issubclass(style, RowwiseScatterOutput | RowwiseSplitInput)
+    return issubclass(style, RowwiseParallel) and not issubclass(style, RowwiseScatterOutput | RowwiseInner | RowwiseSplitInput)
 
 
 def _known(style: type[ParallelStyle]) -> bool:

@@ -1,0 +1,176 @@
+"""State-space mixers on local channels (Mamba, arXiv:2312.00752) or local heads (Mamba-2, arXiv:2405.21060)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from shardwise.layers import Cut
+from shardwise.layout import Block
+from shardwise.plan import wildcard
+from shardwise.plans.parts import mixer, places, rule
+from shardwise.spec import Rule
+
+_CHANNELS = "a state-space mixer on local channels"
+_HEADS = "a state-space mixer on local heads"
+
+
+def mamba(model: nn.Module, prefix: str, path: str, size: int) -> list[Rule]:
+    """Mamba mixers at `path`, on local channels.
+
+    `in_proj` gives x | z, the convolution and the recurrence are channel by channel. `x_proj` reads all channels, and its
+    outputs (the step sizes' low rank, B, C) are read by each: row-wise in the middle. Of `dt_proj` the code reads the weight.
+    """
+    found: list[Rule] = []
+    for name, module in _mixers(model, path, "x_proj"):
+        if module.intermediate_size < size:
+            found += _whole(model, prefix, name, f"{module.intermediate_size} channels on {size} ranks")
+            continue
+        channels = Block(module.intermediate_size)
+        found += [
+            _rule(f"{prefix}{name}.in_proj", "packed_colwise", _CHANNELS, blocks=(channels, channels)),
+            *_convolution(prefix + name, module, (channels,), size, _CHANNELS),
+            _rule(f"{prefix}{name}.x_proj", "rowwise_inner", _CHANNELS),
+            *(_rule(f"{prefix}{name}.{child}", "local_rows", _CHANNELS) for child in ("dt_proj", "A_log", "D")),
+            *_summed_norms(prefix + name, module),
+            _rule(f"{prefix}{name}.out_proj", "rowwise", _CHANNELS),
+            _local(prefix + name, module, {"intermediate_size": _lengths((channels,), size)}, _CHANNELS),
+        ]
+    return found
+
+
+def mamba2(model: nn.Module, prefix: str, path: str, size: int) -> list[Rule]:
+    """Mamba-2 mixers at `path`, on local heads, with the groups of B and C that these read.
+
+    `in_proj` gives z | x | B | C | dt, the convolution goes over x | B | C. With fewer groups than ranks, several ranks have
+    the B and C of a group, and their gradients are summed. Where heads and groups don't fit the ranks, the mixer is whole.
+    """
+    found: list[Rule] = []
+    for name, module in _mixers(model, path, "conv1d"):
+        parts = _Mamba2.of(module, size)
+        if parts is None:
+            misfit = f"{module.num_heads} heads in {module.n_groups} groups on {size} ranks"
+            found += _whole(model, prefix, name, misfit)
+        else:
+            found += parts.rules(prefix + name, module)
+    return found
+
+
+def multi_head_mamba(model: nn.Module, prefix: str, path: str, size: int) -> list[Rule]:
+    """Zamba's mixers at `path`: Mamba in heads, each with a product of its own for the step sizes, B and C.
+
+    `in_proj` gives x and z channel by channel (x z | x z | ...).
+    """
+    found: list[Rule] = []
+    for name, module in _mixers(model, path, "x_proj_weight"):
+        heads, width = module.n_mamba_heads, module.mamba_head_dim
+        if heads < size:
+            found += _whole(model, prefix, name, f"{heads} heads on {size} ranks")
+            continue
+        owned = ("x_proj_weight", "dt_proj_weight", "dt_proj_bias", "A_log", "D")
+        channels = Block(heads * width, width)
+        local = {"n_mamba_heads": _lengths((Block(heads),), size), "intermediate_size": _lengths((channels,), size)}
+        found += [
+            _rule(f"{prefix}{name}.in_proj", "colwise", _HEADS, unit=2 * width),
+            *_convolution(prefix + name, module, (channels,), size, _HEADS),
+            *(_rule(f"{prefix}{name}.{child}", "local_rows", _HEADS) for child in owned),
+            _rule(f"{prefix}{name}.out_proj", "rowwise", _HEADS, unit=width),
+            _local(prefix + name, module, local, _HEADS),
+        ]
+    return found
+
+
+@dataclass(frozen=True)
+class _Mamba2:
+    """The blocks of a Mamba-2 mixer on `size` ranks: heads, their features, and the groups of B or of C."""
+
+    size: int
+    heads: Block
+    features: Block
+    groups: Block
+
+    @classmethod
+    def of(cls, module: Any, size: int) -> _Mamba2 | None:
+        """None where the ranks can't be given heads with the groups that these read."""
+        heads, groups, width, state = module.num_heads, module.n_groups, module.head_dim, module.ssm_state_size
+        if heads < size or heads % groups or heads * width != module.intermediate_size:
+            return None
+        if groups >= size:
+            unit = heads // groups
+            return cls(size, Block(heads, unit), Block(heads * width, unit * width), Block(groups * state, state))
+        if size % groups or (groups > 1 and heads % size):
+            return None
+        return cls(size, Block(heads), Block(heads * width, width), Block(groups * state, state, "share"))
+
+    def rules(self, name: str, module: Any) -> Iterator[Rule]:
+        """The rules for the mixer called `name`."""
+        convolved = (self.features, self.groups, self.groups)
+        projected = (self.features, *convolved, self.heads)
+        yield _rule(f"{name}.in_proj", "colwise", _HEADS, blocks=projected)
+        if "mup_vector" in module._buffers:  # a factor for each output of in_proj, along the last dim
+            yield _rule(f"{name}.mup_vector", "rowwise", _HEADS, blocks=projected)
+        yield from _convolution(name, module, convolved, self.size, _HEADS)
+        for child in ("A_log", "D", "dt_bias"):
+            yield _rule(f"{name}.{child}", "local_rows", _HEADS, unit=self.heads.unit)
+        if any(True for _ in module.norm.parameters()):
+            yield _rule(f"{name}.norm", "sharded_norm", _HEADS, unit=self.features.unit)
+        yield _rule(f"{name}.out_proj", "rowwise", _HEADS, unit=self.features.unit)
+        groups = _lengths((self.groups,), self.size)
+        yield _local(
+            name,
+            module,
+            {
+                "num_heads": _lengths((self.heads,), self.size),
+                "intermediate_size": _lengths((self.features,), self.size),
+                "n_groups": tuple(length // module.ssm_state_size for length in groups),
+                "groups_time_state_size": groups,
+                "conv_dim": _lengths(convolved, self.size),
+            },
+            _HEADS,
+        )
+
+
+def _mixers(model: nn.Module, path: str, having: str) -> list[tuple[str, Any]]:
+    """The mixers at `path`, by the names that rules for them need: one for all where they are all alike."""
+    found = []
+    for place in places(model, path, having=having):
+        first = next(module for name, module in model.named_modules() if place in (name, wildcard(name)))
+        found.append((place, first))
+    return found
+
+
+def _convolution(name: str, module: Any, blocks: tuple[Block, ...], size: int, reason: str) -> Iterator[Rule]:
+    """The depthwise convolution of a mixer."""
+    lengths = _lengths(blocks, size)
+    attributes = dict.fromkeys(("in_channels", "out_channels", "groups"), lengths)
+    yield replace(_rule(f"{name}.conv1d", "local_rows", reason, blocks=blocks), attributes=attributes)
+
+
+def _summed_norms(name: str, module: Any) -> Iterator[Rule]:
+    for child in ("dt_layernorm", "b_layernorm", "c_layernorm"):
+        if any(True for _ in getattr(module, child, nn.Identity()).parameters()):
+            yield rule(f"{name}.{child}", "replicated_with_grad_allreduce", "each rank's channels read what it norms")
+
+
+def _local(name: str, module: Any, numbers: Mapping[str, tuple[int, ...]], reason: str) -> Rule:
+    """The rule for the mixer itself, with those of the numbers that it has."""
+    known = {key: values for key, values in numbers.items() if hasattr(module, key)}
+    return replace(rule(name, "local_mixer", reason), attributes=known)
+
+
+def _whole(model: nn.Module, prefix: str, path: str, reason: str) -> list[Rule]:
+    reason = f"a state-space mixer, computed whole: {reason}"
+    # Under its style the mixer calls its output projection, whose weight a fused kernel would read past the gathering.
+    return [*mixer(model, prefix, path, reason, ["in_proj", "out_proj"]), rule(prefix + path, "local_mixer", reason)]
+
+
+def _rule(name: str, style: str, reason: str, unit: int = 1, blocks: tuple[Block, ...] = ()) -> Rule:
+    return replace(rule(name, style, reason), cut=Cut(unit=unit, blocks=blocks))
+
+
+def _lengths(blocks: tuple[Block, ...], size: int) -> tuple[int, ...]:
+    """What each rank has of the blocks together."""
+    return tuple(sum(block.local_length(rank, size) for block in blocks) for rank in range(size))
