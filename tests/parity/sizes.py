@@ -94,6 +94,8 @@ def _kept_for(reason: str, families: dict[str, float]) -> Kept:
 
 
 def _reason(row: ShardSpec, size: int) -> str:
+    if row.sharded and row.rule is not None and "ranks share" in row.rule.reason:
+        return row.rule.reason
     if row.sharded:
         return "KV heads that ranks share" if row.layout.copies(row.shape, size) > 1 else "pieces of unequal size"
     if row.buffer:

@@ -49,6 +49,8 @@ OURS = (
     "diffllama",
     "emu3",
     "falcon",
+    "falcon_h1",
+    "falcon_mamba",
     "gpt2",
     "gpt_bigcode",
     "gpt_neo",
@@ -57,6 +59,8 @@ OURS = (
     "hunyuan_v1_dense",
     "lfm2",
     "lfm3",
+    "mamba",
+    "mamba2",
     "mpt",
     "opt",
     "persimmon",
@@ -65,6 +69,8 @@ OURS = (
     "stablelm",
     "xglm",
     "xlstm",
+    "zamba",
+    "zamba2",
     "zaya",
 )
 """Types to which shardwise gives a plan, transformers none."""

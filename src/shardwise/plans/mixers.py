@@ -109,7 +109,9 @@ class _Mamba2:
         """The rules for the mixer called `name`."""
         convolved = (self.features, self.groups, self.groups)
         projected = (self.features, *convolved, self.heads)
-        yield _rule(f"{name}.in_proj", "colwise", _HEADS, blocks=projected)
+        shared = f"{_HEADS}; ranks share the B and C of a group"
+        reason = shared if self.groups.copies(self.size) > 1 else _HEADS
+        yield _rule(f"{name}.in_proj", "colwise", reason, blocks=projected)
         if "mup_vector" in module._buffers:  # a factor for each output of in_proj, along the last dim
             yield _rule(f"{name}.mup_vector", "rowwise", _HEADS, blocks=projected)
         yield from _convolution(name, module, convolved, self.size, _HEADS)
