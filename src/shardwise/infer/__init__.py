@@ -5,6 +5,7 @@
 | `products` | a forward pass, cut at every product with a parameter |
 | `probe` | which outputs of products an input of a later one depends on |
 | `islands` | what falls apart into components: heads, KV groups, channels |
+| `known`, `twins` | modules that are dealt as we know: state-space mixers; layers that are tied to others |
 | `layouts`, `proposals`, `ends` | components as blocks, islands as rules, and the vocabulary |
 | `simulate`, `search`, `choose` | every rank on a thread; what modules need besides cut weights; what passes |
 | `switched` | modules that a model exchanges for others |

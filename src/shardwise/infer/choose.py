@@ -13,6 +13,7 @@ from shardwise.infer.proposals import Proposal
 from shardwise.infer.search import Patch, patched, patches
 from shardwise.infer.simulate import Proof, Reference, check
 from shardwise.infer.switched import switched
+from shardwise.infer.twins import find_twins, with_twins
 from shardwise.plan import Plan, wildcard
 from shardwise.resolve import resolve
 from shardwise.spec import Rule
@@ -123,6 +124,7 @@ class Choice:
             *(rule for tied in ends for rule in tied),
         ]
         rules = switched(self.model, self.reference.model, rules)
+        rules = with_twins(rules, find_twins(self.reference.model))
         rules += self._whole({rule.pattern for rule in rules})
         try:
             plan = resolve(self.model, rules, self.size)

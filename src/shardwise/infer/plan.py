@@ -11,6 +11,7 @@ from shardwise.errors import PlanError, describe
 from shardwise.infer.choose import Choice, Inference
 from shardwise.infer.ends import end_rules
 from shardwise.infer.islands import find_islands
+from shardwise.infer.known import known_proposals, outside
 from shardwise.infer.probe import Probe, Reads
 from shardwise.infer.products import Product, Trace
 from shardwise.infer.proposals import NotPossible, Proposal, propose
@@ -64,12 +65,13 @@ def _proposals(reference: Reference, size: int, left: dict[str, str]) -> tuple[l
     with Trace(parameters) as trace, torch.enable_grad():
         outputs = floats(model, reference.feeds[0])
     probe = Probe(trace.calls, parameters)
-    reads = {product: probe.reads(product) for product in probe.consumers}
+    known = list(known_proposals(model, size))
+    reads = {product: probe.reads(product) for product in outside(probe.consumers, known)}
     islands = list(find_islands([found for found in reads.values() if found is not None]))
     split = {product for island in islands for product in island.consumers}
     at_end = probe.reached(outputs)
     elsewhere = at_end | _read_by_others(probe, reads, split)
-    proposals = []
+    proposals = known
     for island in islands:
         try:
             proposals.append(propose(model, island, size, elsewhere))

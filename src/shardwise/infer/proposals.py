@@ -31,6 +31,7 @@ class Proposal:
         products: what it consists of.
         matrices: the modules or parameters that hold the products' weights.
         numel: elements that are cut.
+        complete: the rules say all that its modules need: no number of theirs is to be searched for.
     """
 
     place: str
@@ -40,6 +41,7 @@ class Proposal:
     products: tuple[Product, ...]
     matrices: tuple[str, ...]
     numel: int
+    complete: bool = False
 
     @property
     def family(self) -> tuple[str, str, int]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -19,68 +20,103 @@ _HEADS = "a state-space mixer on local heads"
 
 
 def mamba(model: nn.Module, prefix: str, path: str, size: int) -> list[Rule]:
-    """Mamba mixers at `path`, on local channels.
-
-    `in_proj` gives x | z, the convolution and the recurrence are channel by channel. `x_proj` reads all channels, and its
-    outputs (the step sizes' low rank, B, C) are read by each: row-wise in the middle. Of `dt_proj` the code reads the weight.
-    """
-    found: list[Rule] = []
-    for name, module in _mixers(model, path, "x_proj"):
-        if module.intermediate_size < size:
-            found += _whole(model, prefix, name, f"{module.intermediate_size} channels on {size} ranks")
-            continue
-        channels = Block(module.intermediate_size)
-        found += [
-            _rule(f"{prefix}{name}.in_proj", "packed_colwise", _CHANNELS, blocks=(channels, channels)),
-            *_convolution(prefix + name, module, (channels,), size, _CHANNELS),
-            _rule(f"{prefix}{name}.x_proj", "rowwise_inner", _CHANNELS),
-            *(_rule(f"{prefix}{name}.{child}", "local_rows", _CHANNELS) for child in ("dt_proj", "A_log", "D")),
-            *_summed_norms(prefix + name, module),
-            _rule(f"{prefix}{name}.out_proj", "rowwise", _CHANNELS),
-            _local(prefix + name, module, {"intermediate_size": _lengths((channels,), size)}, _CHANNELS),
-        ]
-    return found
+    """Mamba mixers at `path`, on local channels; whole where these are fewer than the ranks."""
+    return _at(model, prefix, path, size, "x_proj")
 
 
 def mamba2(model: nn.Module, prefix: str, path: str, size: int) -> list[Rule]:
-    """Mamba-2 mixers at `path`, on local heads, with the groups of B and C that these read.
-
-    `in_proj` gives z | x | B | C | dt, the convolution goes over x | B | C. With fewer groups than ranks, several ranks have
-    the B and C of a group, and their gradients are summed. Where heads and groups don't fit the ranks, the mixer is whole.
-    """
-    found: list[Rule] = []
-    for name, module in _mixers(model, path, "conv1d"):
-        parts = _Mamba2.of(module, size)
-        if parts is None:
-            misfit = f"{module.num_heads} heads in {module.n_groups} groups on {size} ranks"
-            found += _whole(model, prefix, name, misfit)
-        else:
-            found += parts.rules(prefix + name, module)
-    return found
+    """Mamba-2 mixers at `path`, on local heads; whole where these, and the groups that they read, don't fit the ranks."""
+    return _at(model, prefix, path, size, "dt_bias")
 
 
 def multi_head_mamba(model: nn.Module, prefix: str, path: str, size: int) -> list[Rule]:
-    """Zamba's mixers at `path`: Mamba in heads, each with a product of its own for the step sizes, B and C.
+    """Zamba's mixers at `path`, on local heads; whole where these are fewer than the ranks."""
+    return _at(model, prefix, path, size, "x_proj_weight")
 
-    `in_proj` gives x and z channel by channel (x z | x z | ...).
+
+def mixer_rules(name: str, module: nn.Module, size: int) -> list[Rule] | None:
+    """The rules for `module`, called `name`, as a state-space mixer that `size` ranks share; None where it is none, or can't be
+    shared so.
     """
+    if not all(isinstance(getattr(module, child, None), nn.Module) for child in ("in_proj", "conv1d", "out_proj")):
+        return None
+    rules = next((rules for rules, needed in _KINDS.items() if all(hasattr(module, one) for one in needed)), None)
+    return rules(name, module, size) if rules is not None else None
+
+
+def _at(model: nn.Module, prefix: str, path: str, size: int, having: str) -> list[Rule]:
     found: list[Rule] = []
-    for name, module in _mixers(model, path, "x_proj_weight"):
-        heads, width = module.n_mamba_heads, module.mamba_head_dim
-        if heads < size:
-            found += _whole(model, prefix, name, f"{heads} heads on {size} ranks")
-            continue
-        owned = ("x_proj_weight", "dt_proj_weight", "dt_proj_bias", "A_log", "D")
-        channels = Block(heads * width, width)
-        local = {"n_mamba_heads": _lengths((Block(heads),), size), "intermediate_size": _lengths((channels,), size)}
-        found += [
-            _rule(f"{prefix}{name}.in_proj", "colwise", _HEADS, unit=2 * width),
-            *_convolution(prefix + name, module, (channels,), size, _HEADS),
-            *(_rule(f"{prefix}{name}.{child}", "local_rows", _HEADS) for child in owned),
-            _rule(f"{prefix}{name}.out_proj", "rowwise", _HEADS, unit=width),
-            _local(prefix + name, module, local, _HEADS),
-        ]
+    for place in places(model, path, having=having):
+        first = next(module for name, module in model.named_modules() if place in (name, wildcard(name)))
+        rules = mixer_rules(prefix + place, first, size)
+        found += rules if rules is not None else _whole(model, prefix, place, f"it can't be shared by {size} ranks")
     return found
+
+
+def _channels(name: str, module: Any, size: int) -> list[Rule] | None:
+    """Mamba: `in_proj` gives x | z, the convolution and the recurrence are channel by channel.
+
+    `x_proj` reads all channels, and its outputs (the step sizes' low rank, B, C) are read by each: row-wise in the middle. Of
+    `dt_proj` the code reads the weight.
+    """
+    if module.intermediate_size < size:
+        return None
+    channels = Block(module.intermediate_size)
+    return [
+        _rule(f"{name}.in_proj", "packed_colwise", _CHANNELS, blocks=(channels, channels)),
+        *_convolution(name, (channels,), size, _CHANNELS),
+        _rule(f"{name}.x_proj", "rowwise_inner", _CHANNELS),
+        *(_rule(f"{name}.{child}", "local_rows", _CHANNELS) for child in ("dt_proj", "A_log", "D")),
+        *_summed_norms(name, module),
+        _rule(f"{name}.out_proj", "rowwise", _CHANNELS),
+        _local(name, module, {"intermediate_size": _lengths((channels,), size)}, _CHANNELS),
+    ]
+
+
+def _heads_of_channels(name: str, module: Any, size: int) -> list[Rule] | None:
+    """Zamba: Mamba in heads, each with a product of its own for the step sizes, B and C. `in_proj` gives x and z channel by
+    channel (x z | x z | ...).
+    """
+    heads, width = module.n_mamba_heads, module.mamba_head_dim
+    if heads < size:
+        return None
+    owned = ("x_proj_weight", "dt_proj_weight", "dt_proj_bias", "A_log", "D")
+    channels = Block(heads * width, width)
+    local = {"n_mamba_heads": _lengths((Block(heads),), size), "intermediate_size": _lengths((channels,), size)}
+    return [
+        _rule(f"{name}.in_proj", "colwise", _HEADS, unit=2 * width),
+        *_convolution(name, (channels,), size, _HEADS),
+        *(_rule(f"{name}.{child}", "local_rows", _HEADS) for child in owned),
+        _rule(f"{name}.out_proj", "rowwise", _HEADS, unit=width),
+        _local(name, module, local, _HEADS),
+    ]
+
+
+def _heads(name: str, module: Any, size: int) -> list[Rule] | None:
+    """Mamba-2: `in_proj` gives z | x | B | C | dt, the convolution goes over x | B | C.
+
+    With fewer groups than ranks, several ranks have the B and C of a group, and their gradients are summed.
+    """
+    parts = _Mamba2.of(module, size)
+    return list(parts.rules(name, module)) if parts is not None else None
+
+
+_KINDS: Mapping[Callable[[str, Any, int], list[Rule] | None], tuple[str, ...]] = MappingProxyType(
+    {
+        _channels: ("x_proj", "dt_proj", "A_log", "D", "intermediate_size"),
+        _heads_of_channels: (
+            "x_proj_weight",
+            "dt_proj_weight",
+            "dt_proj_bias",
+            "A_log",
+            "D",
+            "n_mamba_heads",
+            "mamba_head_dim",
+        ),
+        _heads: ("dt_bias", "A_log", "D", "norm", "num_heads", "n_groups", "head_dim", "ssm_state_size", "intermediate_size"),
+    }
+)
+"""Kinds of mixers, by what their modules have."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +150,7 @@ class _Mamba2:
         yield _rule(f"{name}.in_proj", "colwise", reason, blocks=projected)
         if "mup_vector" in module._buffers:  # a factor for each output of in_proj, along the last dim
             yield _rule(f"{name}.mup_vector", "rowwise", _HEADS, blocks=projected)
-        yield from _convolution(name, module, convolved, self.size, _HEADS)
+        yield from _convolution(name, convolved, self.size, _HEADS)
         for child in ("A_log", "D", "dt_bias"):
             yield _rule(f"{name}.{child}", "local_rows", _HEADS, unit=self.heads.unit)
         if any(True for _ in module.norm.parameters()):
@@ -135,16 +171,7 @@ class _Mamba2:
         )
 
 
-def _mixers(model: nn.Module, path: str, having: str) -> list[tuple[str, Any]]:
-    """The mixers at `path`, by the names that rules for them need: one for all where they are all alike."""
-    found = []
-    for place in places(model, path, having=having):
-        first = next(module for name, module in model.named_modules() if place in (name, wildcard(name)))
-        found.append((place, first))
-    return found
-
-
-def _convolution(name: str, module: Any, blocks: tuple[Block, ...], size: int, reason: str) -> Iterator[Rule]:
+def _convolution(name: str, blocks: tuple[Block, ...], size: int, reason: str) -> Iterator[Rule]:
     """The depthwise convolution of a mixer."""
     lengths = _lengths(blocks, size)
     attributes = dict.fromkeys(("in_channels", "out_channels", "groups"), lengths)
