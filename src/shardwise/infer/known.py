@@ -17,7 +17,7 @@ from shardwise.plans.mixers import mixer_rules
 
 
 def known_proposals(model: nn.Module, size: int) -> Iterator[Proposal]:
-    """A proposal for each state-space mixer of `model` that `size` ranks can share, known by what is in it."""
+    """A proposal for each state-space mixer of `model`, known by what is in it."""
     for name, module in model.named_modules():
         rules = mixer_rules(name, module, size)
         if rules is None:

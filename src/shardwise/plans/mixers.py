@@ -12,7 +12,7 @@ from torch import nn
 from shardwise.layers import Cut
 from shardwise.layout import Block
 from shardwise.plan import wildcard
-from shardwise.plans.parts import mixer, places, rule
+from shardwise.plans.parts import places, rule
 from shardwise.spec import Rule
 
 _CHANNELS = "a state-space mixer on local channels"
@@ -35,21 +35,20 @@ def multi_head_mamba(model: nn.Module, prefix: str, path: str, size: int) -> lis
 
 
 def mixer_rules(name: str, module: nn.Module, size: int) -> list[Rule] | None:
-    """The rules for `module`, called `name`, as a state-space mixer that `size` ranks share; None where it is none, or can't be
-    shared so.
+    """The rules for `module`, called `name`, as a state-space mixer on `size` ranks: shared by them, or where they don't fit,
+    computed whole. None where it is none.
     """
     if not all(isinstance(getattr(module, child, None), nn.Module) for child in ("in_proj", "conv1d", "out_proj")):
         return None
     rules = next((rules for rules, needed in _KINDS.items() if all(hasattr(module, one) for one in needed)), None)
-    return rules(name, module, size) if rules is not None else None
+    return None if rules is None else rules(name, module, size) or _whole(name, module, size)
 
 
 def _at(model: nn.Module, prefix: str, path: str, size: int, having: str) -> list[Rule]:
     found: list[Rule] = []
     for place in places(model, path, having=having):
         first = next(module for name, module in model.named_modules() if place in (name, wildcard(name)))
-        rules = mixer_rules(prefix + place, first, size)
-        found += rules if rules is not None else _whole(model, prefix, place, f"it can't be shared by {size} ranks")
+        found += mixer_rules(prefix + place, first, size) or []
     return found
 
 
@@ -190,10 +189,16 @@ def _local(name: str, module: Any, numbers: Mapping[str, tuple[int, ...]], reaso
     return replace(rule(name, "local_mixer", reason), attributes=known)
 
 
-def _whole(model: nn.Module, prefix: str, path: str, reason: str) -> list[Rule]:
-    reason = f"a state-space mixer, computed whole: {reason}"
-    # Under its style the mixer calls its output projection, whose weight a fused kernel would read past the gathering.
-    return [*mixer(model, prefix, path, reason, ["in_proj", "out_proj"]), rule(prefix + path, "local_mixer", reason)]
+def _whole(name: str, module: nn.Module, size: int) -> list[Rule]:
+    """A mixer that every rank computes whole, of which the large projections are cut and their outputs gathered."""
+    reason = f"a state-space mixer, computed whole: its heads can't be dealt to {size} ranks"
+    cut = ("in_proj", "out_proj")
+    kept = [child for child, _ in module.named_parameters() if child.partition(".")[0] not in cut]
+    return [
+        *(rule(f"{name}.{child}", "colwise_gather_output", reason) for child in cut),
+        *(rule(f"{name}.{child}", "replicate", reason) for child in kept),
+        rule(name, "local_mixer", reason),  # it calls its output projection, which a fused kernel would not
+    ]
 
 
 def _rule(name: str, style: str, reason: str, unit: int = 1, blocks: tuple[Block, ...] = ()) -> Rule:
