@@ -60,7 +60,8 @@ NONE = Patch()
 def patches(reference: Reference, proposal: Proposal) -> Iterator[Patch]:
     """What to try of the modules of a proposal, the likeliest first, `NONE` the very first."""
     if proposal.complete:
-        return iter((NONE,))
+        yield NONE
+        return
     module = reference.model.get_submodule(proposal.place)
     read = numbers_read(reference, proposal)
     groups: dict[tuple[type[nn.Module], str], list[Number]] = {}
