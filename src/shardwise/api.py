@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +23,7 @@ from shardwise.hf import (
     has_expert_plan,
     hidden_states_are_recorded,
     model_rules,
+    origin_of,
 )
 from shardwise.infer import LEAST, cut_share, infer_plan, plan_unknown
 from shardwise.layers import ColwiseParallel, Stream
@@ -97,7 +99,7 @@ def make_plan(
     if tp_size > 1:
         check_coverage(model, table)
         check_head(model, table)
-    return table
+    return replace(table, origin=origin_of(model))
 
 
 def parallelize(

@@ -18,6 +18,7 @@ from types import TracebackType
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but missing in __all__
 
 from shardwise.errors import MeshError, ShardwiseError, describe, ranks_in_words
+from shardwise.mesh import started_ranks
 
 UNMET = 3
 """Exit code of a rank that ran to its end and whose answer is no. Any other code but 0 means that the rank failed."""
@@ -44,12 +45,12 @@ def launched() -> bool:
 
 def asked_size(size: int | None) -> int:
     """Ranks of a command: `size`, or without it, as many as torchrun has started, or 2."""
-    return size if size is not None else int(os.environ.get("WORLD_SIZE", "2"))
+    return size if size is not None else started_ranks(otherwise=2)
 
 
 def check_size(size: int) -> None:
     """Raise `MeshError` where torchrun has started another number of processes than `size`, which a command was asked for."""
-    if (started := int(os.environ.get("WORLD_SIZE", "1"))) != size:
+    if (started := started_ranks(otherwise=1)) != size:
         raise MeshError(
             describe(
                 f"--tp {size} was asked for, and {started} processes have been started.",

@@ -29,6 +29,11 @@ CPU_BACKEND = "SHARDWISE_CPU_BACKEND"
 """The environment variable that can say `gloo`, for collectives on CPUs."""
 
 
+def started_ranks(otherwise: int) -> int:
+    """How many processes torchrun has started; `otherwise` where it has not."""
+    return int(os.environ.get("WORLD_SIZE", otherwise))
+
+
 def tp_mesh(tp_size: int | None = None, device_mesh: DeviceMesh | None = None, ep_size: int | None = None) -> DeviceMesh | None:
     """The one-dimensional mesh of the tp axis, or None where there is only one process.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -13,9 +12,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from shardwise import tiny
 from shardwise.errors import ShardwiseError, describe
-from shardwise.hf import build
-
-_DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+from shardwise.hf import build, cut
 
 
 @dataclass(frozen=True)
@@ -65,19 +62,6 @@ def find(model: str, *, random: bool = False, layers: int | None = None) -> Subj
     if layers is not None:
         config = cut(config, layers)
     return Subject(model, config, None if random or layers is not None else model)
-
-
-def cut(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
-    """A copy of `config` with the first `layers` of its layers."""
-    shorter = copy.deepcopy(config)
-    text = shorter.get_text_config()
-    name = next(name for name in _DEPTHS if hasattr(text, name))
-    depth = getattr(text, name)
-    for field, value in vars(text).items():
-        if isinstance(value, list) and len(value) == depth:
-            setattr(text, field, value[:layers])
-    setattr(text, name, min(layers, depth))
-    return shorter
 
 
 def dtype_named(name: str) -> torch.dtype:

@@ -10,12 +10,14 @@
 | `adapters` | loading and saving of PEFT's adapters |
 | `simulating` | what a model must be told when it runs on tensors without values |
 | `saving` | which tensors a checkpoint has, under which names |
+| `kinds` | layers that do the same |
 | `specimen`, `feeds` | a model to try plans out on, and what to call it with |
 """
 
 from shardwise.hf.adapters import AdaptersSeen, load_adapter, save_adapter
 from shardwise.hf.auto import attach_generation_config, refuse_quantized, resolve_model_class
 from shardwise.hf.feeds import sample_feeds
+from shardwise.hf.kinds import cut, layer_kinds, layer_of
 from shardwise.hf.load import load_lazily
 from shardwise.hf.recording import hidden_states_are_recorded
 from shardwise.hf.rules import (
@@ -31,10 +33,13 @@ from shardwise.hf.rules import (
 )
 from shardwise.hf.saving import checkpoint_tensors, description_files
 from shardwise.hf.simulating import checkpoint_activations, unpacked_sequences
-from shardwise.hf.specimen import specimen
+from shardwise.hf.specimen import LARGE, LARGE_WEIGHT, Feed, elements, origin_of, specimen
 
 __all__ = [
+    "LARGE",
+    "LARGE_WEIGHT",
     "AdaptersSeen",
+    "Feed",
     "attach_generation_config",
     "base_model",
     "base_prefixes",
@@ -44,13 +49,18 @@ __all__ = [
     "checkpoint_activations",
     "checkpoint_tensors",
     "class_of",
+    "cut",
     "description_files",
+    "elements",
     "frozen_model_rules",
     "has_expert_plan",
     "hidden_states_are_recorded",
+    "layer_kinds",
+    "layer_of",
     "load_adapter",
     "load_lazily",
     "model_rules",
+    "origin_of",
     "refuse_quantized",
     "resolve_model_class",
     "sample_feeds",

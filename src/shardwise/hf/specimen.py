@@ -3,46 +3,115 @@
 from __future__ import annotations
 
 import copy
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from shardwise.errors import PlanError, describe
+from shardwise.hf.kinds import cut, needed_layers, structures
+from shardwise.plan import Origin
 
-LARGEST = 200_000_000
-"""Elements of a model that is built for a trial: a handful of copies of it are held at once, in float32."""
+LARGE = 10_000_000
+"""Elements of a model from which on it is tried out without its large weights."""
+LARGE_WEIGHT = 2**20
+"""Elements of a weight from which on such a model has none."""
+_CHUNK = 4
+_CHUNKS = frozenset({"chunk_size", "mamba_chunk_size"})
+"""Fields that say how many tokens are computed at once, to which few are padded."""
+_FACTORIES = frozenset({torch.empty, torch.zeros, torch.ones, torch.randn, torch.rand, torch.full})
+
+Feed = Mapping[str, Any] | Callable[[nn.Module], object]
+"""Keyword arguments of a model's forward; or what calls the model, and returns its outputs."""
 
 
 def specimen(model: nn.Module) -> PreTrainedModel | None:
     """A new model of the class and config of `model`, with random weights in float32, on the CPU. The same in every process;
-    torch's random state is left as it is. None where `model` is no transformers model, or not what its config says (it has
-    adapters, say).
+    torch's random state is left as it is. Of a large model it has the first layers alone, so many that there is one of each
+    kind, and its large weights are on meta.
 
-    Raises `PlanError` for a model too large to be built so.
+    None where `model` is no transformers model, or not what its config says (it has adapters, say).
     """
     if not isinstance(model, PreTrainedModel):
         return None
-    elements = sum(parameter.numel() for parameter in model.parameters())
-    if elements > LARGEST:
-        raise PlanError(
-            describe(
-                f"{type(model).__name__} has {elements / 1e6:.0f} million parameters, too many to try plans out on it.",
-                most=f"{LARGEST / 1e6:.0f} million",
-                either=[
-                    "infer the plan of a smaller config of the same type, and write down its rules: tp_plan={...}, or",
-                    'tp_plan="auto"',
-                ],
-            )
-        )
+    if elements(model) <= LARGE:
+        made = _make(type(model), model.config)
+        return made if _names(made) == _names(model) else None
+    shorter = _shorter(model)
+    return shorter if shorter is not None else _whole(model)
+
+
+def origin_of(model: nn.Module, inputs: object = None) -> Origin:
+    """What a plan for `model`, tried out with `inputs`, was made of."""
+    if not isinstance(model, PreTrainedModel):
+        return Origin(module=weakref.ref(model), inputs=inputs)
+    return Origin(make=partial(_on_meta, type(model), copy.deepcopy(model.config)), inputs=inputs)
+
+
+def _on_meta(kind: type[PreTrainedModel], config: PreTrainedConfig) -> nn.Module:
+    with torch.device("meta"):
+        made: nn.Module = kind._from_config(copy.deepcopy(config))
+    return made
+
+
+def elements(model: nn.Module) -> int:
+    """Of all parameters, each tied one once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _make(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.inference_mode(False):
         torch.default_generator.manual_seed(0)
-        made: PreTrainedModel = type(model)._from_config(copy.deepcopy(model.config), dtype=torch.float32)
+        made: PreTrainedModel = kind._from_config(copy.deepcopy(config), dtype=torch.float32)
     made.config.get_text_config().use_cache = False
-    return made.eval() if _kinds(made) == _kinds(model) else None
+    return made.eval()
 
 
-def _kinds(model: nn.Module) -> dict[str, object]:
+def _shorter(model: PreTrainedModel) -> PreTrainedModel | None:
+    """The first layers; None where a config with fewer makes other layers, or none."""
+    layers, kinds = needed_layers(model), structures(model)
+    try:
+        config = cut(model.config, layers)
+        for field in _CHUNKS & vars(config.get_text_config()).keys():
+            setattr(config.get_text_config(), field, _CHUNK)
+        found = structures(_on_meta(type(model), config))
+    except Exception:  # configs check themselves in many ways
+        return None
+    if found != {layer: kinds.get(layer) for layer in found} or set(found.values()) != set(kinds.values()):
+        return None
+    return _without_large_weights(type(model), config)
+
+
+def _whole(model: PreTrainedModel) -> PreTrainedModel | None:
+    made = _without_large_weights(type(model), model.config)
+    return made if _names(made) == _names(model) else None
+
+
+def _without_large_weights(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    with _LargeOnMeta():
+        return _make(kind, config)
+
+
+class _LargeOnMeta(TorchFunctionMode):
+    """Makes large floating tensors on meta: weights, but no masks."""
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function in _FACTORIES:
+            with torch.device("meta"):
+                made = function(*args, **kwargs | {"device": "meta"})
+            if made.is_floating_point() and made.numel() >= LARGE_WEIGHT:
+                return made
+        return function(*args, **kwargs)
+
+
+def _names(model: nn.Module) -> dict[str, object]:
     """The class of each module, and the shape of each parameter."""
     kinds: dict[str, object] = {name: type(module) for name, module in model.named_modules()}
     return kinds | {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

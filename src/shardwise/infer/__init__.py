@@ -3,20 +3,23 @@
 | | |
 |---|---|
 | `products` | a forward pass, cut at every product with a parameter |
-| `probe` | which outputs of products an input of a later one depends on |
-| `islands` | what falls apart into components: heads, KV groups, channels |
+| `probe`, `sampled` | which outputs of products an input of a later one depends on; of wide ones, found from samples |
+| `islands`, `blocks` | what falls apart into components: heads, KV groups, channels; the same among blocks and samples |
 | `known`, `twins` | modules that are dealt as we know: state-space mixers; layers that are tied to others |
 | `layouts`, `proposals`, `ends` | components as blocks, islands as rules, and the vocabulary |
-| `simulate`, `search`, `choose` | every rank on a thread; what modules need besides cut weights; what passes |
+| `simulate`, `compare` | every rank on a thread, and the figures |
+| `given` | products whose weights are too large to be made: what comes out of them is given |
+| `search`, `choose`, `lift` | what modules need besides cut weights; what passes; and for all layers |
+| `plan`, `prove` | what is called |
+| `subject`, `values`, `feeds` | what plans are tried out on |
 | `switched` | modules that a model exchanges for others |
-| `plan`, `prove`, `subject` | what is called, and what plans are tried out on |
 | `unknown` | what `tp_plan="auto"` does of a model without a plan |
 """
 
 from shardwise.infer.choose import Inference
+from shardwise.infer.compare import Proof
 from shardwise.infer.plan import infer, infer_plan
 from shardwise.infer.prove import prove
-from shardwise.infer.simulate import Proof
 from shardwise.infer.unknown import LEAST, cut_share, plan_unknown
 
 __all__ = ["LEAST", "Inference", "Proof", "cut_share", "infer", "infer_plan", "plan_unknown", "prove"]

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from shardwise.errors import PlanError
+from shardwise.infer.compare import Proof
 from shardwise.infer.ends import gathered
+from shardwise.infer.lift import lifted
 from shardwise.infer.proposals import Proposal
 from shardwise.infer.search import Patch, patched, patches
-from shardwise.infer.simulate import Proof, Reference, check
+from shardwise.infer.simulate import Reference, check
 from shardwise.infer.switched import switched
 from shardwise.infer.twins import find_twins, with_twins
 from shardwise.plan import Plan, wildcard
@@ -65,33 +67,45 @@ class Choice:
         for proposal in self.proposals:
             families.setdefault(proposal.family, []).append(proposal)
         kept, ends = list(families), self.ends
-        plan, proof = self._try(kept, ends)
+        rules, proof = self._try(kept, ends)
         if not proof:
-            kept, ends, plan, proof = self._one_by_one(families)
+            kept, ends, rules, proof = self._one_by_one(families)
         if not proof:
             raise PlanError(f"{type(self.model).__name__}: its outputs differ between two calls: {proof.problem}.")
-        plan, proof = self._gather(kept, ends, plan, proof)
+        rules, proof = self._gather(kept, ends, rules, proof)
+        plan = self._plan(rules)
         cut = {wildcard(name) for row in plan if row.sharded for name in (row.name, row.name.rpartition(".")[0])}
         return Inference(plan, proof, {name: why for name, why in self.left.items() if name not in cut})
 
-    def _gather(self, kept: Sequence[Family], ends: list[list[Rule]], plan: Plan, proof: Proof) -> tuple[Plan, Proof]:
-        """The plan with large layers that are still whole cut, and their outputs gathered, as far as that passes."""
-        found = gathered(self.model, plan, self.size, self.left)
-        for rules in ([rule for family in found for rule in family], *found) if len(found) > 1 else found:
-            tried = self._try(kept, [*ends, rules])
-            if tried[1]:
-                ends, (plan, proof) = [*ends, rules], tried
-                if len(rules) == sum(map(len, found)):
-                    break
-        return plan, proof
+    def _plan(self, rules: Sequence[Rule]) -> Plan:
+        return resolve(self.model, lifted(rules, self.reference.model, self.model), self.size)
 
-    def _one_by_one(self, families: Mapping[Family, list[Proposal]]) -> tuple[list[Family], list[list[Rule]], Plan, Proof]:
+    def _gather(
+        self, kept: Sequence[Family], ends: list[list[Rule]], rules: list[Rule], proof: Proof
+    ) -> tuple[list[Rule], Proof]:
+        """The rules with large layers that are still whole cut, and their outputs gathered, as far as that passes."""
+        there = {name for name, _ in self.reference.model.named_modules()}
+        found = [
+            [rule for rule in family if rule.pattern in there]
+            for family in gathered(self.model, self._plan(rules), self.size, self.left)
+        ]
+        for more in ([rule for family in found for rule in family], *found) if len(found) > 1 else found:
+            tried = self._try(kept, [*ends, more])
+            if tried[1]:
+                ends, (rules, proof) = [*ends, more], tried
+                if len(more) == sum(map(len, found)):
+                    break
+        return rules, proof
+
+    def _one_by_one(
+        self, families: Mapping[Family, list[Proposal]]
+    ) -> tuple[list[Family], list[list[Rule]], list[Rule], Proof]:
         kept = [family for family, proposals in families.items() if self._passes(family, proposals)]
         ends = [rules for rules in self.ends if self._end_passes(rules)]
         while True:
-            plan, proof = self._try(kept, ends)
+            rules, proof = self._try(kept, ends)
             if proof or not (kept or ends):
-                return kept, ends, plan, proof
+                return kept, ends, rules, proof
             names = [n for p in families[kept.pop()] for n in p.matrices] if kept else [rule.pattern for rule in ends.pop()]
             self._leave(names, f"right alone, and not together with the others: {proof.problem}")
 
@@ -116,8 +130,8 @@ class Choice:
             self._leave((rule.pattern for rule in rules), str(proof.problem))
         return bool(proof)
 
-    def _try(self, families: Sequence[Family], ends: Sequence[list[Rule]]) -> tuple[Plan, Proof]:
-        """The plan of these parts, everything else whole, and its proof."""
+    def _try(self, families: Sequence[Family], ends: Sequence[list[Rule]]) -> tuple[list[Rule], Proof]:
+        """The rules for these parts, everything else whole, and the proof of their plan."""
         proposals = [proposal for proposal in self.proposals if proposal.family in families]
         rules = [
             *patched(self.reference.model, proposals, self.chosen, self.size),
@@ -127,15 +141,14 @@ class Choice:
         rules = with_twins(rules, find_twins(self.reference.model))
         rules += self._whole({rule.pattern for rule in rules})
         try:
-            plan = resolve(self.model, rules, self.size)
-            return plan, check(self.reference, resolve(self.reference.model, rules, self.size))
+            return rules, check(self.reference, resolve(self.reference.model, rules, self.size))
         except PlanError as error:
-            return Plan(self.size, (), ()), Proof.failed(self.size, str(error).splitlines()[0])
+            return rules, Proof.failed(self.size, str(error).splitlines()[0])
 
     def _whole(self, named: set[str]) -> list[Rule]:
         """Rules that name what stays whole, each with the reason."""
         found = []
-        for name, module in self.model.named_modules():
+        for name, module in self.reference.model.named_modules():
             places = [name] if isinstance(module, nn.Linear | nn.Embedding) else []
             places += [f"{name}.{child}" for child, p in module._parameters.items() if p is not None and p.dim() > 2]
             for place in (place for place in places if place not in named):

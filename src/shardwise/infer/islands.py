@@ -9,8 +9,8 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from shardwise.infer.probe import Reads
 from shardwise.infer.products import Product
+from shardwise.infer.sampled import Reads
 
 Owners = tuple[int, ...]
 """Along one dim, which component each index belongs to; `EVERY` of those that all components need."""

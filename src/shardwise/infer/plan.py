@@ -3,32 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from shardwise.errors import PlanError, describe
+from shardwise.hf import Feed, build_on_meta, origin_of
+from shardwise.infer.blocks import islands_of
 from shardwise.infer.choose import Choice, Inference
 from shardwise.infer.ends import end_rules
-from shardwise.infer.islands import find_islands
+from shardwise.infer.feeds import floats
 from shardwise.infer.known import known_proposals, outside
-from shardwise.infer.probe import Probe, Reads
+from shardwise.infer.probe import Probe
 from shardwise.infer.products import Product, Trace
 from shardwise.infer.proposals import NotPossible, Proposal, propose
-from shardwise.infer.simulate import Feed, Reference, floats
+from shardwise.infer.sampled import Reads
+from shardwise.infer.simulate import Reference
 from shardwise.infer.subject import subject
+from shardwise.mesh import started_ranks
 from shardwise.plan import Plan, wildcard
 from shardwise.spec import Rule
 
 
-def infer_plan(model: nn.Module, tp_size: int, example_inputs: Feed | Sequence[Feed] | None = None) -> Plan:
+def infer_plan(
+    model_or_config: nn.Module | PreTrainedConfig,
+    tp_size: int | None = None,
+    example_inputs: Feed | Sequence[Feed] | None = None,
+) -> Plan:
     """A plan for any model, found from what it computes, and proven on simulated ranks: outputs, and the gradients of all
     parameters. See `shardwise.prove`.
 
     Args:
-        model: an ordinary model, not changed. Of a transformers model, which may be on meta, another one is made of its
-            config, with random weights.
-        tp_size: ranks on the tp axis.
+        model_or_config: an ordinary model, not changed. Of a transformers model, which may be on meta, another one is made of
+            its config, with random weights; of a large one without the large weights, and with one layer of each kind. Or
+            a transformers config, of which the model is built on meta, as `shardwise.plan` does.
+        tp_size: ranks on the tp axis; by default as many as torchrun has started, or 2.
         example_inputs: keyword arguments of the model's forward (or a function that calls the model and returns its outputs);
             or several of them. Branches that they don't reach are not looked at. A transformers model that reads texts needs
             none.
@@ -36,16 +47,23 @@ def infer_plan(model: nn.Module, tp_size: int, example_inputs: Feed | Sequence[F
     What can't be split, or fails the proof, stays whole: its rows say "replicate", and their rules why.
     Raises `PlanError` where nothing can be split.
     """
-    return infer(model, tp_size, example_inputs).plan
+    return infer(model_or_config, tp_size, example_inputs).plan
 
 
-def infer(model: nn.Module, tp_size: int, example_inputs: Feed | Sequence[Feed] | None = None) -> Inference:
+def infer(
+    model_or_config: nn.Module | PreTrainedConfig,
+    tp_size: int | None = None,
+    example_inputs: Feed | Sequence[Feed] | None = None,
+) -> Inference:
     """As `infer_plan`, with the proof, and what became of each part."""
+    tp_size = started_ranks(otherwise=2) if tp_size is None else tp_size
     if tp_size < 1:
         raise PlanError(f"tp_size={tp_size}: the number of ranks on the tp axis is at least 1.")
-    reference = Reference.of(*subject(model, example_inputs))
+    model = build_on_meta(model_or_config) if isinstance(model_or_config, PreTrainedConfig) else model_or_config
+    tried = subject(model, example_inputs)
+    reference = Reference.of(tried)
     left: dict[str, str] = {}
-    proposals, ends = _proposals(reference, tp_size, left)
+    proposals, ends = _proposals(model, reference.model, tried.short, tp_size, left)
     found = Choice(model, reference, tp_size, _without_conflicts(proposals, left), ends, left).run()
     if tp_size > 1 and not any(row.sharded for row in found.plan.tensors):
         raise PlanError(
@@ -55,19 +73,24 @@ def infer(model: nn.Module, tp_size: int, example_inputs: Feed | Sequence[Feed] 
                 either=["fewer ranks, or", "a plan of your own: tp_plan={...}"],
             )
         )
-    return found
+    plan = replace(found.plan, origin=origin_of(model, example_inputs))
+    return replace(found, plan=plan, proof=replace(found.proof, tried=tried.words))
 
 
-def _proposals(reference: Reference, size: int, left: dict[str, str]) -> tuple[list[Proposal], list[list[Rule]]]:
-    """The islands of the model as rules; why others are none goes to `left`. And the rules for its vocabulary."""
-    model = reference.model
+def _proposals(
+    whole: nn.Module, model: nn.Module, feed: Feed, size: int, left: dict[str, str]
+) -> tuple[list[Proposal], list[list[Rule]]]:
+    """The islands of `model`, which has one of each kind of the `whole` one's layers, as rules; why others are none goes to
+    `left`. And the rules for its vocabulary.
+    """
     parameters = dict(model.named_parameters())
-    with Trace(parameters) as trace, torch.enable_grad():
-        outputs = floats(model, reference.feeds[0])
+    trace = Trace(parameters)
+    with torch.enable_grad():
+        outputs = floats(model, feed, trace)
     probe = Probe(trace.calls, parameters)
     known = list(known_proposals(model, size))
     reads = {product: probe.reads(product) for product in outside(probe.consumers, known)}
-    islands = list(find_islands([found for found in reads.values() if found is not None]))
+    islands = list(islands_of([found for found in reads.values() if found is not None], probe.in_blocks))
     split = {product for island in islands for product in island.consumers}
     at_end = probe.reached(outputs)
     elsewhere = at_end | _read_by_others(probe, reads, split)
@@ -81,7 +104,7 @@ def _proposals(reference: Reference, size: int, left: dict[str, str]) -> tuple[l
                     left.setdefault(wildcard(name), str(why))
     inner = {product for other in probe.consumers for product in probe.reached(probe.inputs_of(other))}
     inner |= {product for proposal in proposals for product in proposal.products}
-    return proposals, end_rules(model, dict.fromkeys(call.product for call in trace.calls), at_end - inner, size)
+    return proposals, end_rules(whole, dict.fromkeys(call.product for call in trace.calls), at_end - inner, size)
 
 
 def _read_by_others(probe: Probe, reads: Mapping[Product, Reads | None], split: set[Product]) -> set[Product]:

@@ -3,32 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from shardwise.infer.products import Call, Product
+from shardwise.infer.sampled import DENSE, Ask, Reads, read_blocks, read_sampled
 from shardwise.plan import wildcard
 
-_AT_ONCE = 64
-
-
-@dataclass(frozen=True)
-class Reads:
-    """What the inputs of one product depend on.
-
-    Args:
-        product: the one that reads.
-        outputs: by product, (inputs, outputs) bool: whether an input depends on an output.
-        parameters: by name, (inputs, *shape) bool: whether an input depends on an element of a parameter that is in no
-            product.
-    """
-
-    product: Product
-    outputs: Mapping[Product, Tensor]
-    parameters: Mapping[str, Tensor]
+_AT_ONCE = 32
+_ROOM = 2**25
+"""Elements of gradients that are held at once."""
 
 
 class Probe:
@@ -43,9 +30,9 @@ class Probe:
         self._calls = list(calls)
         self._shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
         used = {call.product.weight for call in calls}
-        self._others = {name: parameter for name, parameter in parameters.items() if name not in used}
+        self._others = {name: p for name, p in parameters.items() if name not in used and p.requires_grad}
         self._generator = torch.Generator().manual_seed(0)
-        self._known: dict[Hashable, tuple[list[Tensor], list[Tensor]]] = {}
+        self._known: dict[Hashable, Reads] = {}
 
     @property
     def consumers(self) -> list[Product]:
@@ -70,6 +57,23 @@ class Probe:
         """What each input of `product` depends on; None where its first input depends on whatever any of them does, so that
         no output belongs to other inputs alone.
         """
+        asked, width, sources = self._asked(product)
+        ask = self._asking(asked, sources)
+        first, whole = ask([[0]]), ask([list(range(width))])
+        if all(bool((first.outputs[p] == whole.outputs[p]).all()) for p in whole.outputs):
+            return None
+        alike = self._alike(asked, sources)
+        if alike not in self._known:
+            few = width <= DENSE
+            self._known[alike] = ask([[channel] for channel in range(width)]) if few else read_sampled(ask, width)
+        return _renamed(self._known[alike], whole)
+
+    def in_blocks(self, product: Product) -> Reads:
+        """The same, in blocks of neighbouring inputs, of which there are not many."""
+        asked, width, sources = self._asked(product)
+        return read_blocks(self._asking(asked, sources), width)
+
+    def _asked(self, product: Product) -> tuple[list[Call], int, _Sources]:
         assert product.inputs is not None
         asked = [call for call in self._calls if call.product == product and _reads(call)]
         width = self._shapes[product.weight][product.inputs]
@@ -78,21 +82,23 @@ class Probe:
             [call for call, gradient in zip(self._calls, everything[: len(self._calls)], strict=True) if gradient is not None],
             [name for name, g in zip(self._others, everything[len(self._calls) :], strict=True) if g is not None],
         )
-        first = self._read(asked, sources, [[0]])
-        whole = self._read(asked, sources, [list(range(width))])
-        if all(bool((first.outputs[p] == whole.outputs[p]).all()) for p in whole.outputs):
-            return None
-        alike = self._alike(asked, sources)
-        if alike not in self._known:
-            parts = [
-                self._read(asked, sources, [[channel] for channel in range(start, min(start + _AT_ONCE, width))])
-                for start in range(0, width, _AT_ONCE)
-            ]
-            outputs = [torch.cat([part.outputs[p] for part in parts]) for p in whole.outputs]
-            self._known[alike] = outputs, [torch.cat([part.parameters[name] for part in parts]) for name in whole.parameters]
-        outputs, parameters = self._known[alike]
-        named = dict(zip(whole.outputs, outputs, strict=True)), dict(zip(whole.parameters, parameters, strict=True))
-        return Reads(product, *named)
+        return asked, width, sources
+
+    def _asking(self, asked: list[Call], sources: _Sources) -> Ask:
+        room = sum(call.y.numel() for call in sources.calls) + sum(self._others[name].numel() for name in sources.parameters)
+        room += sum(call.x.numel() for call in asked)
+        at_once = max(1, min(_AT_ONCE, _ROOM // max(room, 1)))
+
+        def ask(channels: Iterable[list[int]]) -> Reads:
+            rows = list(channels)
+            parts = [self._read(asked, sources, rows[start : start + at_once]) for start in range(0, len(rows), at_once)]
+            outputs = {p: torch.cat([part.outputs[p] for part in parts]) for p in parts[0].outputs}
+            names = parts[0].parameters
+            return Reads(
+                asked[0].product, outputs, {name: torch.cat([part.parameters[name] for part in parts]) for name in names}
+            )
+
+        return ask
 
     def _alike(self, asked: list[Call], sources: _Sources) -> Hashable:
         """The same for products of layers that are alike: one of them is asked for all. What differs all the same, the proof
@@ -155,6 +161,19 @@ class Probe:
                 values = torch.randn(*call.x.shape[:-1], len(here), generator=self._generator)
                 made[row, ..., here] = values.to(call.x.dtype)
         return made.to(call.x.device)
+
+
+def _renamed(known: Reads, like: Reads) -> Reads:
+    """What is `known` of one layer, for the products and parameters of another."""
+    products = dict(zip(known.outputs, like.outputs, strict=True))
+    names = dict(zip(known.parameters, like.parameters, strict=True))
+    codes = known.codes and replace(
+        known.codes,
+        outputs={products[p]: code for p, code in known.codes.outputs.items()},
+        parameters={names[name]: code for name, code in known.codes.parameters.items()},
+    )
+    outputs = {products[p]: touched for p, touched in known.outputs.items()}
+    return Reads(like.product, outputs, {names[name]: mask for name, mask in known.parameters.items()}, known.unit, codes)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ No names and no rules per operator: whatever a module computes between two produ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,12 @@ _KNOWN: Mapping[object, _Operands] = MappingProxyType(
 )
 
 
-class Trace(TorchFunctionMode):
-    """Records the products of what runs under it.
+_DEVICE = Tensor.device.__get__
+
+
+class Products(TorchFunctionMode):
+    """Sees the products with a model's parameters. A weight on meta has no values: whatever comes out of a product with it is
+    made up.
 
     Args:
         parameters: those of the model, by name.
@@ -91,32 +96,40 @@ class Trace(TorchFunctionMode):
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         super().__init__()
-        self.calls: list[Call] = []
         self._names = {id(parameter): name for name, parameter in parameters.items()}
+        self._parameters = parameters
         self._generator = torch.Generator().manual_seed(0)
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        result = function(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
         operands = _KNOWN.get(function)
-        if operands is None or not isinstance(result, Tensor) or not result.is_floating_point():
-            return result
-        x, weight = (_argument(args, kwargs, where) for where in (operands.x, operands.weight))
-        if not isinstance(x, Tensor) or not isinstance(weight, Tensor):
-            return result
-        found = self._product(weight, operands)
-        if found is None:
-            return result
-        product, first_input, first_output = found
-        leaf = self._perturbed(result.detach()).requires_grad_()
-        self.calls.append(Call(product, x, leaf, first_input, first_output))
-        return leaf.clone()  # which may be written to, where a leaf may not
+        if operands is not None:
+            x, weight = (_argument(args, kwargs, where) for where in (operands.x, operands.weight))
+            if isinstance(x, Tensor) and isinstance(weight, Tensor) and (found := self._product(weight, operands)) is not None:
+                return self._seen(Use(*found, x, weight, function, args, kwargs))
+        if function == _DEVICE and args[0].is_meta:
+            return torch.device("cpu")  # where code that asks wants to put what it makes
+        self._refuse_mixed(function, args, kwargs)
+        return function(*args, **kwargs)
 
-    def _perturbed(self, result: Tensor) -> Tensor:
-        """`result` with random signs and some noise: a rectifier has no derivative where the tokens are all below zero."""
-        signs, noise = (torch.randn(result.shape, generator=self._generator).to(result) for _ in range(2))
-        return result * signs.sign() + noise * 0.1 * result.detach().abs().mean().nan_to_num(0.0)
+    def _seen(self, use: Use) -> Any:
+        """What a product gives to the code that runs."""
+        return use.result()
+
+    def _refuse_mixed(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        given = [*tensors(args), *tensors(kwargs)]
+        if not any(tensor.is_meta for tensor in given) or all(tensor.is_meta for tensor in given):
+            return
+        for tensor in given:
+            base = tensor if tensor._base is None else tensor._base
+            if tensor.is_meta and id(base) in self._names:
+                raise ValuesNeeded(self._names[id(base)], getattr(function, "__name__", str(function)))
+
+    def _made_up(self, use: Use) -> Tensor:
+        """Random numbers, as many as `use` has results."""
+        return torch.randn(use.shape(), generator=self._generator)
 
     def _product(self, weight: Tensor, operands: _Operands) -> tuple[Product, int, int] | None:
         base = weight if id(weight) in self._names else weight._base
@@ -129,11 +142,100 @@ class Trace(TorchFunctionMode):
         return Product(name, inputs and inputs[0], outputs[0]), inputs[1] if inputs else 0, outputs[1]
 
 
+class ValuesNeeded(Exception):
+    """A weight without values is used in another way than as a product: `name`, by the operator `used_by`."""
+
+    def __init__(self, name: str, used_by: str) -> None:
+        super().__init__(f"{name} is used by {used_by}, which is no product")
+        self.name = name
+
+
+@dataclass(frozen=True)
+class Use:
+    """A call of an operator that is a product."""
+
+    product: Product
+    first_input: int
+    first_output: int
+    x: Tensor
+    weight: Tensor
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    def result(self) -> Any:
+        """What the operator gives."""
+        return self.function(*self.args, **self.kwargs)
+
+    def shape(self) -> torch.Size:
+        """The shape of that, found without values."""
+        if self.function is torch._grouped_mm:  # which knows bfloat16 alone, of tensors without values
+            if self.x.shape[-1] != self.weight.shape[-2]:
+                raise RuntimeError(f"{tuple(self.x.shape)} can't be multiplied with {tuple(self.weight.shape)}")
+            return torch.Size((*self.x.shape[:-1], self.weight.shape[-1]))
+        with torch.no_grad():
+            args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (self.args, dict(self.kwargs)))
+            shape: torch.Size = self.function(*args, **kwargs).shape
+        return shape
+
+    def bias(self) -> Tensor | None:
+        """What is added to the product."""
+        if self.function is functional.linear:
+            found = _argument(self.args, self.kwargs, 2)
+        else:
+            found = self.args[0] if self.function is torch.addmm else None
+        return found if isinstance(found, Tensor) else None
+
+
+class Trace(Products):
+    """Cuts the graph at every product of what runs under it, and records them as `calls`."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        super().__init__(parameters)
+        self.calls: list[Call] = []
+
+    def _seen(self, use: Use) -> Any:
+        result = use.shape() if use.weight.is_meta else use.result()
+        if isinstance(result, torch.Size):
+            leaf = self._alternating(result).requires_grad_()
+        elif isinstance(result, Tensor) and result.is_floating_point():
+            leaf = self._perturbed(result.detach()).requires_grad_()
+        else:
+            return result
+        self.calls.append(Call(use.product, use.x, leaf, use.first_input, use.first_output))
+        return leaf.clone()  # which may be written to, where a leaf may not
+
+    def _alternating(self, shape: torch.Size) -> Tensor:
+        """Random numbers, each feature's with one sign for every other token and the other sign for the rest: a rectifier lets
+        each through once.
+        """
+        features = torch.randn(shape[-1], generator=self._generator).sign()
+        tokens = (torch.arange(shape[:-1].numel()) % 2 * 2 - 1).view(*shape[:-1], 1)
+        return torch.randn(shape, generator=self._generator).abs() * features * tokens
+
+    def _perturbed(self, result: Tensor) -> Tensor:
+        """`result` with random signs and some noise: a rectifier has no derivative where the tokens are all below zero."""
+        signs, noise = (torch.randn(result.shape, generator=self._generator).to(result) for _ in range(2))
+        return result * signs.sign() + noise * 0.1 * result.detach().abs().mean().nan_to_num(0.0)
+
+
 def _argument(args: tuple[Any, ...], kwargs: Any, where: int) -> Any:
     if where < len(args):
         return args[where]
     values = list((kwargs or {}).values())
     return values[where - len(args)] if where - len(args) < len(values) else None
+
+
+def tensors(value: object) -> Iterator[Tensor]:
+    """Those in an operator's arguments, or in what a module returned; caches, which differ from rank to rank, are no part of
+    it.
+    """
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from (tensor for inner in value.values() for tensor in tensors(inner))
+    elif isinstance(value, list | tuple):
+        yield from (tensor for inner in value for tensor in tensors(inner))
 
 
 def _place(view: Tensor, base: Tensor, dim: int) -> tuple[int, int] | None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import nn
 
 from shardwise.errors import PlanError, describe
-from shardwise.infer.simulate import Feed, Proof, Reference, check
+from shardwise.hf import Feed
+from shardwise.infer.compare import Proof
+from shardwise.infer.simulate import Reference, check
 from shardwise.infer.subject import subject
 from shardwise.plan import Plan
 
@@ -29,7 +32,8 @@ def prove(plan: Plan, model: nn.Module, example_inputs: Feed | Sequence[Feed] | 
     """
     if plan.ep_size != plan.size:
         raise PlanError(f"The plan deals experts to {plan.ep_size} ranks, which is not simulated: prove one without ep_size.")
-    proof = check(Reference.of(*subject(model, example_inputs)), plan)
+    tried = subject(model, example_inputs)
+    proof = check(Reference.of(tried), plan)
     if proof.problem is not None:
         raise PlanError(
             describe(
@@ -38,4 +42,4 @@ def prove(plan: Plan, model: nn.Module, example_inputs: Feed | Sequence[Feed] | 
                 either=["another plan, or", "replicate for what is named"],
             )
         )
-    return proof
+    return replace(proof, tried=tried.words)

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from shardwise.infer.feeds import floats
 from shardwise.infer.proposals import Proposal, local_counts
-from shardwise.infer.simulate import Reference, floats
+from shardwise.infer.simulate import Reference
 from shardwise.spec import Rule
 
 MOST = 48

@@ -2,28 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from shardwise.errors import PlanError, describe
-from shardwise.hf import sample_feeds, specimen
-from shardwise.infer.simulate import Feed
+from shardwise.hf import LARGE, LARGE_WEIGHT, Feed, elements, layer_kinds, sample_feeds, specimen
+from shardwise.infer.feeds import floats
+from shardwise.infer.given import Given
+from shardwise.infer.values import randomise, with_values
+
+_SHORT = 4
+_Model = TypeVar("_Model", bound=nn.Module)
 
 
-def subject(model: nn.Module, example_inputs: Feed | Sequence[Feed] | None) -> tuple[nn.Module, list[Feed]]:
-    """What to try plans for `model` out on, and its inputs.
+@dataclass(frozen=True)
+class Subject:
+    """What plans are tried out on.
 
-    Of a transformers model it is another one of the same config; of any other, and of one that is not as its config says, the
-    model itself. Raises `PlanError` where inputs are missing, or weights.
+    Args:
+        model: with random weights where the model's are on meta or constant, in evaluation mode; of a large one, large weights
+            are on meta.
+        feeds: what it is called with, one micro-batch after the other.
+        short: as the first of them, as short as may be.
+        words: what it is, beside the model that plans are for.
+    """
+
+    model: nn.Module
+    feeds: Sequence[Feed]
+    short: Feed
+    words: str
+
+
+def subject(model: nn.Module, example_inputs: Feed | Sequence[Feed] | None) -> Subject:
+    """What to try plans for `model` out on.
+
+    Of a transformers model it is another one of the same config, of a large one the first layers of it; of any other, and of
+    one that is not as its config says, the model itself. Raises `PlanError` where inputs are missing, or weights.
     """
     made = specimen(model)
     if made is None and any(parameter.is_meta for parameter in model.parameters()):
         raise PlanError(f"{type(model).__name__} is on meta, and no config says how it is made: build it on the CPU.")
     if example_inputs is not None:
         given = [example_inputs] if isinstance(example_inputs, Mapping) or callable(example_inputs) else list(example_inputs)
-        return made if made is not None else model, [_plain(feed) for feed in given]
+        return _subject(made if made is not None else model, lambda _: [_plain(feed) for feed in given], model)
     if made is None:
         raise PlanError(
             describe(
@@ -31,7 +56,37 @@ def subject(model: nn.Module, example_inputs: Feed | Sequence[Feed] | None) -> t
                 either=['shardwise.infer_plan(model, tp_size=..., example_inputs={"x": ...}), and parallelize with that plan'],
             )
         )
-    return made, list(sample_feeds(made))
+    return _subject(made, sample_feeds, model)
+
+
+def _subject(made: _Model, feeds_of: Callable[[_Model], Sequence[Feed]], model: nn.Module) -> Subject:
+    tried = randomise(made)
+
+    def feeds() -> Sequence[Feed]:
+        with Given(dict(tried.named_parameters())):
+            found = feeds_of(tried)
+        with torch.no_grad():
+            floats(tried, found[0])
+        return found
+
+    found = with_values(tried, feeds) if any(parameter.is_meta for parameter in tried.parameters()) else feeds_of(tried)
+    return Subject(tried, found, _short(found[0]) if elements(model) > LARGE else found[0], _words(tried, model))
+
+
+def _short(feed: Feed) -> Feed:
+    """A few tokens of one sequence: where that is not what `feed` has, `feed` itself."""
+    if callable(feed) or not all(isinstance(given, Tensor) and given.dim() == 2 for given in feed.values()):
+        return feed
+    return {name: given[:1, :_SHORT] for name, given in feed.items()}
+
+
+def _words(tried: nn.Module, model: nn.Module) -> str:
+    """How what is tried out differs from `model`."""
+    all_layers, layers = (sum(1 for layer in layer_kinds(one) if layer) for one in (model, tried))
+    some = f"{layers} of {all_layers} layers" if layers < all_layers else "the whole model"
+    if elements(model) <= LARGE:
+        return some
+    return f"{some} at full width; outputs of products with weights of {LARGE_WEIGHT:,} elements or more are given"
 
 
 def _plain(feed: Feed) -> Feed:

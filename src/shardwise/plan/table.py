@@ -7,10 +7,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from shardwise.errors import PlanError, describe
 from shardwise.plan import lines, show
+from shardwise.plan.origin import Origin
 from shardwise.report import as_text
 from shardwise.spec import ModuleSpec, Rule, ShardSpec, wildcard
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from shardwise.hf import Feed
+    from shardwise.infer import Proof
 
 
 @dataclass(frozen=True)
@@ -23,6 +32,7 @@ class Plan:
         modules: a row for every module that becomes parallel.
         ep_size: ranks over which experts are dealt, `size` or a multiple of it; by default `size`.
         rules: the rule that holds for each module and tensor that one names: what `save` writes.
+        origin: what it was made of, for `prove`; not compared, and not pickled.
     """
 
     size: int
@@ -30,6 +40,7 @@ class Plan:
     modules: tuple[ModuleSpec, ...]
     ep_size: int = 0
     rules: Mapping[str, Rule] = field(default_factory=dict, repr=False)
+    origin: Origin | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ep_size", self.ep_size or self.size)
@@ -102,6 +113,31 @@ class Plan:
             name = wildcard(rows[0].name) if len(rows) > 1 else rows[0].name
             named[name if name not in named else rows[0].name] = rows
         return named
+
+    def prove(self, model: nn.Module | None = None, example_inputs: Feed | Sequence[Feed] | None = None) -> Proof:
+        """Show that the plan computes what its model does, see `shardwise.prove`.
+
+        Args:
+            model: the ordinary model; by default the one that the plan was made of.
+            example_inputs: by default those that the plan was inferred with; a transformers model that reads texts needs none.
+
+        Raises `PlanError` for a plan that is wrong, or that no longer knows its model.
+        """
+        from shardwise.infer import prove  # a verb of the table: what it does lies above
+
+        origin = self.origin or Origin()
+        model = origin.model() if model is None else model
+        if model is None:
+            raise PlanError(
+                describe(
+                    "The plan does not know which model it was made of, or that is gone.",
+                    either=["plan.prove(model), or", "plan.prove(model, example_inputs) for one that is none of transformers'"],
+                )
+            )
+        return prove(self, model, origin.inputs if example_inputs is None else example_inputs)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in self.__dict__.items() if name != "origin"} | {"origin": None}
 
     def __str__(self) -> str:
         return as_text(*show.text(self))

@@ -1,0 +1,87 @@
+"""Layers that do the same, and a config with fewer of them."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Hashable, Mapping
+
+from torch import nn
+from transformers import PreTrainedConfig
+
+_DEPTHS = (
+    *("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+    *("encoder_layers", "decoder_layers", "num_encoder_layers", "num_decoder_layers"),
+)
+
+
+def cut(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+    """A copy of `config` with the first `layers` of its layers; of an encoder and of a decoder, where there are two."""
+    shorter = copy.deepcopy(config)
+    text = shorter.get_text_config()
+    names = _depths(text)
+    depths = {getattr(text, name) for name in names}
+    for field, value in vars(text).items():
+        if isinstance(value, list) and len(value) in depths:
+            setattr(text, field, value[:layers])
+    for name in names:
+        setattr(text, name, min(layers, getattr(text, name)))
+    return shorter
+
+
+def _depths(text: PreTrainedConfig) -> list[str]:
+    """The fields of a text model's config that say how many layers there are."""
+    names = [name for name in _DEPTHS if isinstance(vars(text).get(name), int)]
+    return names or [next(name for name in _DEPTHS if hasattr(text, name))]
+
+
+def layer_of(name: str) -> str:
+    """The path of the layer in which `name` is, up to its first number: "model.layers.3". "" outside of layers."""
+    found = re.match(r"(.*?\.)?\d+(?=\.|$)", name)
+    return found[0] if found else ""
+
+
+def layer_kinds(model: nn.Module) -> dict[str, Hashable]:
+    """What makes a layer alike another, by its path: its modules' classes, its parameters' shapes, and what lists in the
+    model's config have for it. "" stands for all that is outside of layers.
+    """
+    lists = _lists(model)
+    return {
+        layer: (parts, *(value[number] for value in lists if 0 <= (number := _number(layer)) < len(value)))
+        for layer, parts in structures(model).items()
+    }
+
+
+def structures(model: nn.Module) -> dict[str, Hashable]:
+    """Of each layer, by its path, its modules' classes and its parameters' shapes; under "" of all that is in none."""
+    found: dict[str, list[Hashable]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        layer = layer_of(name)
+        own = tuple((child, tuple(p.shape)) for child, p in module._parameters.items() if p is not None)
+        found.setdefault(layer, []).append((name.removeprefix(layer), type(module), own))
+    return {layer: tuple(parts) for layer, parts in found.items()}
+
+
+def _number(layer: str) -> int:
+    return int(layer.rpartition(".")[2]) if layer else -1
+
+
+def _lists(model: nn.Module) -> list[list[Hashable]]:
+    """Those in the config that have an item for each layer."""
+    config = getattr(model, "config", None)
+    if not isinstance(config, PreTrainedConfig):
+        return []
+    text = config.get_text_config()
+    fields: Mapping[str, object] = vars(text)
+    depths = {getattr(text, name) for name in _depths(text)}
+    lists = [value for value in fields.values() if isinstance(value, list) and len(value) in depths]
+    return [value for value in lists if all(isinstance(item, str | int | float | None) for item in value)]
+
+
+def needed_layers(model: nn.Module) -> int:
+    """How many of the first layers have one of each kind."""
+    first: dict[Hashable, int] = {}
+    for layer, kind in layer_kinds(model).items():
+        if layer:
+            first.setdefault((layer.rpartition(".")[0], kind), _number(layer))
+    return max(first.values(), default=0) + 1

@@ -1,0 +1,71 @@
+"""Rules that were found of a model with a few layers, for the one with all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import replace
+
+from torch import nn
+
+from shardwise.errors import PlanError, describe
+from shardwise.hf import layer_kinds, layer_of
+from shardwise.names import Names
+from shardwise.plan import wildcard
+from shardwise.spec import Rule
+
+
+def lifted(rules: Iterable[Rule], tried: nn.Module, model: nn.Module) -> list[Rule]:
+    """The `rules` for the layers of `tried`, for those of `model`: a layer that is in both keeps its own, another one gets
+    those of the first that is alike. Rules that all layers of a path have get one pattern, with `*` for the layers' numbers.
+
+    Raises `PlanError` for a layer to which none in `tried` is alike.
+    """
+    inside: dict[str, dict[str, Rule]] = {}
+    for rule in rules:
+        layer = layer_of(rule.pattern)
+        inside.setdefault(layer, {})[rule.pattern.removeprefix(layer)] = rule
+    like = _like(tried, model)
+    found = {
+        layer + rest: replace(rule, pattern=layer + rest)
+        for layer, other in like.items()
+        for rest, rule in inside.get(other, {}).items()
+    }
+    return _joined(found, model)
+
+
+def _like(tried: nn.Module, model: nn.Module) -> dict[str, str]:
+    """For each layer of `model`, by its path, the one of `tried` that is like it."""
+    kinds, theirs = layer_kinds(model), layer_kinds(tried)
+    first: dict[tuple[str, Hashable], str] = {}
+    for layer in theirs:
+        first.setdefault((wildcard(layer), kinds.get(layer)), layer)
+    found = {"": ""} | {
+        layer: layer if layer in theirs else first.get((wildcard(layer), kind), "") for layer, kind in kinds.items()
+    }
+    missing = [layer for layer, other in found.items() if layer and not other]
+    if missing:
+        raise PlanError(
+            describe(
+                f"{type(model).__name__}: {missing[0]} is like none of the layers that a plan was tried out on.",
+                tried=", ".join(filter(None, theirs)),
+                either=["a plan of your own: tp_plan={...}, or", 'tp_plan="auto"'],
+            )
+        )
+    return found
+
+
+def _joined(rules: Mapping[str, Rule], model: nn.Module) -> list[Rule]:
+    """One rule for all names that differ in numbers alone, where all of them have the same."""
+    names = Names(dict.fromkeys([name for name, _ in (*model.named_modules(), *model.named_parameters())]))
+    families: dict[str, list[Rule]] = {}
+    for rule in rules.values():
+        families.setdefault(wildcard(rule.pattern), []).append(rule)
+    joined: list[Rule] = []
+    for pattern, members in families.items():
+        one = replace(members[0], pattern=pattern)
+        alike = all(replace(member, pattern=pattern) == one for member in members)
+        if alike and len(members) == len(names.matching(one)):
+            joined.append(one)
+        else:
+            joined += members
+    return joined
