@@ -15,17 +15,19 @@ from shardwise.spec import Rule
 
 LARGE = 0.02
 """Of the model's elements: an embedding or a head that has more than this share is cut."""
+AT_LEAST = 2**24
+"""Elements of one that is cut, however large the model is."""
 
 
 def end_rules(model: nn.Module, products: Collection[Product], last: Collection[Product], size: int) -> list[list[Rule]]:
     """Rules for large embeddings, and for large linear layers among `last`, behind which nothing but the model's output comes;
     those of one tied parameter together.
     """
-    total = sum(parameter.numel() for parameter in model.parameters())
+    enough = min(LARGE * sum(parameter.numel() for parameter in model.parameters()), AT_LEAST)
     found: dict[str, list[Rule]] = {}
     for product in products:
         parameter = model.get_parameter(product.weight)
-        if parameter.numel() <= LARGE * total or parameter.shape[0] < size:
+        if parameter.numel() <= enough or parameter.shape[0] < size:
             continue
         holders = [(name, module) for name, module in model.named_modules() if module._parameters.get("weight") is parameter]
         for name, module in holders:

@@ -13,7 +13,7 @@ from shardwise.infer.products import Call, Product
 from shardwise.infer.sampled import DENSE, Ask, Reads, read_blocks, read_sampled
 from shardwise.plan import wildcard
 
-_AT_ONCE = 32
+_AT_ONCE = 16
 _ROOM = 2**25
 """Elements of gradients that are held at once."""
 

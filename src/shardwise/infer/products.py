@@ -111,21 +111,31 @@ class Products(TorchFunctionMode):
                 return self._seen(Use(*found, x, weight, function, args, kwargs))
         if function == _DEVICE and args[0].is_meta:
             return torch.device("cpu")  # where code that asks wants to put what it makes
-        self._refuse_mixed(function, args, kwargs)
-        return function(*args, **kwargs)
+        weight = next((name for given in tensors((args, kwargs)) if given.is_meta and (name := self._name(given))), None)
+        if weight is None:
+            return function(*args, **kwargs)
+        return self._without_values(weight, function, args, kwargs)
 
     def _seen(self, use: Use) -> Any:
         """What a product gives to the code that runs."""
         return use.result()
 
-    def _refuse_mixed(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        given = [*tensors(args), *tensors(kwargs)]
-        if not any(tensor.is_meta for tensor in given) or all(tensor.is_meta for tensor in given):
-            return
-        for tensor in given:
-            base = tensor if tensor._base is None else tensor._base
-            if tensor.is_meta and id(base) in self._names:
-                raise ValuesNeeded(self._names[id(base)], getattr(function, "__name__", str(function)))
+    def _without_values(self, weight: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+        """What `function` gives for a weight on meta: views of it, its shape. Raises `ValuesNeeded` for what is computed."""
+        needed = ValuesNeeded(weight, getattr(function, "__name__", str(function)))
+        try:
+            result = function(*args, **kwargs)
+        except RuntimeError as error:
+            if all(given.is_meta for given in tensors((args, kwargs))):
+                raise
+            raise needed from error
+        if any(self._name(made) is None for made in tensors(result)):
+            raise needed
+        return result
+
+    def _name(self, tensor: Tensor) -> str | None:
+        """Of the parameter that `tensor` is, or is a view of."""
+        return self._names.get(id(tensor)) or (None if tensor._base is None else self._names.get(id(tensor._base)))
 
     def _made_up(self, use: Use) -> Tensor:
         """Random numbers, as many as `use` has results."""

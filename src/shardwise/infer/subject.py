@@ -75,9 +75,13 @@ def _subject(made: _Model, feeds_of: Callable[[_Model], Sequence[Feed]], model: 
 
 def _short(feed: Feed) -> Feed:
     """A few tokens of one sequence: where that is not what `feed` has, `feed` itself."""
-    if callable(feed) or not all(isinstance(given, Tensor) and given.dim() == 2 for given in feed.values()):
+    if callable(feed) or not all(_is_ids(given) for given in feed.values()):
         return feed
     return {name: given[:1, :_SHORT] for name, given in feed.items()}
+
+
+def _is_ids(given: object) -> bool:
+    return isinstance(given, Tensor) and given.dim() == 2 and not given.is_floating_point()
 
 
 def _words(tried: nn.Module, model: nn.Module) -> str:

@@ -26,7 +26,7 @@ def randomise(model: _Model) -> _Model:
     weights of a large model are on meta, and have no gradient.
     """
     large = elements(model) > LARGE
-    without = [p for p in model.parameters() if large and p.is_floating_point() and p.numel() >= LARGE_WEIGHT]
+    without = [p for p in model.parameters() if large and p.is_floating_point() and p.dim() > 1 and p.numel() >= LARGE_WEIGHT]
     memo = {id(p): nn.Parameter(torch.empty(p.shape, device="meta"), requires_grad=False) for p in without}
     made: _Model = copy.deepcopy(model, dict(memo))._apply(_converted).eval()  # type: ignore[no-untyped-call]
     generator = torch.Generator().manual_seed(0)
