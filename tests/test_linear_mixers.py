@@ -93,6 +93,20 @@ def test_mixers(name, size, threads):
         torch.testing.assert_close(logits, expected, atol=NOISE, rtol=0)
 
 
+INFERRED = ("groups", "a bounded decay", "lightning", "recurrent units", "time mixing", "memory cells", "norms over all heads")
+
+
+@pytest.mark.parametrize("name", [*INFERRED, "norms before products", "a dynamic mask", "four groups of heads"])
+def test_inferred(name):
+    """Guards: mixers and statistics that no product shows left whole, or gathered, by an inferred plan; which is proven."""
+    kind, options = CONFIGS[name]
+    model = tiny.build(kind, **options)
+    plans = shardwise.infer_plan(model, 2), shardwise.plan(model, 2)
+    kept, ours = ({row.name for row in plan if not row.sharded and len(row.shape) > 1} for plan in plans)
+    assert kept <= ours
+    assert not any(issubclass(row.style, ColwiseGatherOutput) for row in plans[0].modules if "attn" in row.name)
+
+
 def test_a_state_holds_the_channels_of_its_rank(threads):
     """Guards: RWKV's state of all channels that a rank reads, or writes, at another rank's place; or that is another object
     than its caller's.

@@ -13,13 +13,13 @@ from torch import nn
 
 from shardwise.infer.products import Product
 from shardwise.infer.proposals import Proposal
-from shardwise.plans.mixers import mixer_rules
+from shardwise.plans.known import known_rules
 
 
 def known_proposals(model: nn.Module, size: int) -> Iterator[Proposal]:
-    """A proposal for each state-space mixer of `model`, known by what is in it."""
+    """A proposal for each module of `model` that is known by what is in it, and that `size` ranks can share."""
     for name, module in model.named_modules():
-        rules = mixer_rules(name, module, size)
+        rules = known_rules(name, module, size)
         if rules is None:
             continue
         own = tuple(replace(rule, source="inferred") for rule in rules)

@@ -75,6 +75,7 @@ def _run(reference: Reference, plan: Plan) -> Proof:
 
     # No rank needs a copy of what it takes its shards from.
     shared = {id(tensor): tensor for tensor in (*reference.model.parameters(), *reference.model.buffers())}
+    shared |= {id(state): state.detach() for state in _states(reference.model)}
     try:
         ranks = run_threads(on_rank, plan.size, timeout=TIMEOUT)
         return compare(reference.run, plan, ranks)
@@ -84,6 +85,12 @@ def _run(reference: Reference, plan: Plan) -> Proof:
         return Proof.failed(plan.size, f"{type(cause).__name__}: {said}")
     except RankTimeoutError:
         return Proof.failed(plan.size, f"not done in {TIMEOUT:.0f} seconds")
+
+
+def _states(model: nn.Module) -> Iterator[Tensor]:
+    """What recurrent modules keep of the pass before as their attributes, with its gradient, which can't be copied."""
+    for module in model.modules():
+        yield from (value for value in vars(module).values() if isinstance(value, Tensor) and not value.is_leaf)
 
 
 def _measure(model: nn.Module, feeds: Sequence[Feed], products: Callable[[int], Given | Replay]) -> Run:

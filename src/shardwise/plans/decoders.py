@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from inspect import signature
+from typing import Any
 
 from torch import nn
 
@@ -56,13 +58,20 @@ def codegen(model: nn.Module, prefix: str, size: int) -> list[Rule]:
     found = _mlp(prefix, "h.*.mlp", "fc_in", "fc_out")
     for place, module in model.named_modules():
         if wildcard(place) == "h.*.attn":
-            found += _in_groups(f"{prefix}{place}", int(module.num_attention_heads), int(module.head_dim), size)
+            own = in_groups(prefix + place, module, size)
+            reason = f"its heads lie in {_GROUPS} groups, and ranks would have uneven parts of one"
+            found += gathered(prefix + place, ["qkv_proj"], "out_proj", reason) if own is None else own
     return found
 
 
-def _in_groups(name: str, heads: int, width: int, size: int) -> list[Rule]:
+def in_groups(name: str, module: Any, size: int) -> list[Rule] | None:
+    """The rules for module `name` on `size` ranks; None of one that is no such attention, or whose groups can't be dealt."""
+    split = getattr(module, "_split_heads", None)
+    if "qkv_proj" not in module._modules or split is None or "mp_num" not in signature(split).parameters:
+        return None
+    heads, width = module.num_attention_heads, module.head_dim
     if heads % (_GROUPS * size):
-        return gathered(name, ["qkv_proj"], "out_proj", f"{heads // _GROUPS} heads in each of {_GROUPS} groups of q, v and k")
+        return None
     group, local = Block(heads * width // _GROUPS, width), {"num_attention_heads": (heads // size,) * size}
     rows, columns = Cut(blocks=(group,) * 3 * _GROUPS), Cut(blocks=(group,) * _GROUPS)
     reason = f"{_GROUPS} groups of q, v and k, each cut between its heads; attention reshapes by this number"

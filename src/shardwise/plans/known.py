@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from torch import nn
 
-from shardwise.plans import delta, lightning, normed, recurrent, xlstm
+from shardwise.plans import decoders, delta, doge, lightning, mixers, normed, recurrent, xlstm
 from shardwise.spec import Rule
 
 _KNOWN = (
+    mixers.mixer_rules,
     delta.dealt,
     lightning.dealt,
     recurrent.recurrent_unit,
     recurrent.time_mixing,
     xlstm.memory,
+    doge.dealt,
+    decoders.in_groups,
     normed.attention,
     normed.mlp,
 )
