@@ -237,12 +237,12 @@ class Fused(nn.Module):
 
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("training", [True, False])
-def test_local_mixer(training, size, threads):
+def test_unfused_mixer(training, size, threads):
     """Guards: a fused kernel's product with the local columns of a weight taken for the whole, the sum over the ranks lost; the
     gradient of a child's parameter that the mixer reads itself; a module that is not training any more afterwards.
     """
     model = randomize(one(Fused())).train(training)
-    plan = under("0", {"up": "colwise", "scale": "replicated_with_grad_allreduce", "down": "rowwise"}) | {"0": "local_mixer"}
+    plan = under("0", {"up": "colwise", "scale": "replicated_with_grad_allreduce", "down": "rowwise"}) | {"0": "unfused_mixer"}
     check_parity(threads, size, model, plan, (x(2, 3, 6),), (x(2, 3, 6),))
     assert model[0].training is training
 

@@ -5,7 +5,7 @@
 | `products` | a forward pass, cut at every product with a parameter |
 | `probe`, `sampled` | which outputs of products an input of a later one depends on; of wide ones, found from samples |
 | `islands`, `blocks` | what falls apart into components: heads, KV groups, channels; the same among blocks and samples |
-| `known`, `twins` | modules that are dealt as we know: state-space mixers, linear attention, recurrent units; layers that are tied to others |
+| `known`, `twins` | modules that are dealt as we know (state-space mixers, recurrent units); layers tied to others |
 | `layouts`, `proposals`, `ends` | components as blocks, islands as rules, and the vocabulary |
 | `simulate`, `compare` | every rank on a thread, and the figures |
 | `given` | products whose weights are too large to be made: what comes out of them is given |

@@ -8,7 +8,7 @@ from shardwise.plans import decoders, delta, doge, lightning, mixers, normed, re
 from shardwise.spec import Rule
 
 _KNOWN = (
-    mixers.mixer_rules,
+    mixers.dealt,
     delta.dealt,
     lightning.dealt,
     recurrent.recurrent_unit,

@@ -34,7 +34,7 @@ def multi_head_mamba(model: nn.Module, prefix: str, path: str, size: int) -> lis
     return _at(model, prefix, path, size, "x_proj_weight")
 
 
-def mixer_rules(name: str, module: nn.Module, size: int) -> list[Rule] | None:
+def dealt(name: str, module: nn.Module, size: int) -> list[Rule] | None:
     """The rules for `module`, called `name`, as a state-space mixer on `size` ranks: shared by them, or where they don't fit,
     computed whole. None where it is none.
     """
@@ -48,7 +48,7 @@ def _at(model: nn.Module, prefix: str, path: str, size: int, having: str) -> lis
     found: list[Rule] = []
     for place in places(model, path, having=having):
         first = next(module for name, module in model.named_modules() if place in (name, wildcard(name)))
-        found += mixer_rules(prefix + place, first, size) or []
+        found += dealt(prefix + place, first, size) or []
     return found
 
 
@@ -186,7 +186,7 @@ def _summed_norms(name: str, module: Any) -> Iterator[Rule]:
 def _local(name: str, module: Any, numbers: Mapping[str, tuple[int, ...]], reason: str) -> Rule:
     """The rule for the mixer itself, with those of the numbers that it has."""
     known = {key: values for key, values in numbers.items() if hasattr(module, key)}
-    return replace(rule(name, "local_mixer", reason), attributes=known)
+    return replace(rule(name, "unfused_mixer", reason), attributes=known)
 
 
 def _whole(name: str, module: nn.Module, size: int) -> list[Rule]:
@@ -197,7 +197,7 @@ def _whole(name: str, module: nn.Module, size: int) -> list[Rule]:
     return [
         *(rule(f"{name}.{child}", "colwise_gather_output", reason) for child in cut),
         *(rule(f"{name}.{child}", "replicate", reason) for child in kept),
-        rule(name, "local_mixer", reason),  # it calls its output projection, which a fused kernel would not
+        rule(name, "unfused_mixer", reason),  # it calls its output projection, which a fused kernel would not
     ]
 
 
