@@ -39,7 +39,8 @@ def sample_feeds(model: PreTrainedModel) -> list[Inputs | Callable[[nn.Module], 
     batches = [fitting for ids in drawn if (fitting := _first_that_runs(model, _inputs(model, ids, generator)))]
     if not batches:
         raise _unknown(model)
-    feeds: list[Inputs | Callable[[nn.Module], object]] = [_with_more(model, batches[0], generator), *batches[1:]]
+    batches[0] = _with_more(model, batches[0], generator)
+    feeds: list[Inputs | Callable[[nn.Module], object]] = [*batches]
     if len(batches) > 1 and _runs(model, padded := _padded(batches[1])):
         feeds[1] = padded
     if not _has_gradient(model, batches[0]):
