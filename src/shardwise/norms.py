@@ -25,7 +25,7 @@ def head_norms(modules: Mapping[str, nn.Module], rules: Mapping[str, Rule], size
 
     A norm behind local heads gets its gradient summed; a weight of a row a head is cut by heads; of a norm over all heads at
     once the statistics are summed, of which a KV head that ranks share is as large a part as any other; behind whole heads
-    nothing is summed. What the user says of a norm stands.
+    nothing is summed. What the user says of a norm stands, and what was inferred.
     """
     found: dict[str, Rule] = {}
     for name, module in modules.items():
@@ -33,7 +33,7 @@ def head_norms(modules: Mapping[str, nn.Module], rules: Mapping[str, Rule], size
             continue
         for projection, norm, over_kv in _pairs(module):
             rule, known = rules.get(f"{name}.{projection}"), rules.get(f"{name}.{norm}")
-            if known is not None and known.source == "user":
+            if known is not None and known.source in ("user", "inferred"):
                 continue
             child, width = getattr(module, norm), getattr(getattr(module, projection), "out_features", None)
             for target, new in _rules(f"{name}.{norm}", child, heads, over_kv, width, rule, known, size):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from shardwise.errors import PlanError, describe
 
@@ -45,8 +45,10 @@ def sample_feeds(model: PreTrainedModel) -> list[Inputs | Callable[[nn.Module], 
         feeds[1] = padded
     if not _has_gradient(model, batches[0]):
         feeds = [_in_training(inputs) for inputs in feeds if not callable(inputs)]
-    if model.can_generate() and _runs(model, from_cache := _from_cache(batches[0], model.config.is_encoder_decoder)):
-        feeds.append(from_cache)
+    ways = (_from_cache(batches[0], model.config.is_encoder_decoder, given) for given in (_takes_cache(model), False))
+    cached = next((way for way in ways if model.can_generate() and _runs(model, way)), None)
+    if cached is not None:
+        feeds.append(cached)
     return feeds
 
 
@@ -198,14 +200,20 @@ def _in_training(inputs: Inputs) -> Callable[[nn.Module], object]:
     return run
 
 
-def _from_cache(inputs: Inputs, is_encoder_decoder: bool) -> Callable[[nn.Module], object]:
-    """Generates one token more."""
+def _takes_cache(model: PreTrainedModel) -> bool:
+    """Whether `generate` hands a cache of keys and values to the model, which else makes one itself."""
+    return not model.config.is_encoder_decoder and not model._is_stateful
+
+
+def _from_cache(inputs: Inputs, is_encoder_decoder: bool, given: bool) -> Callable[[nn.Module], object]:
+    """Generates one token more, from a cache that is given, or the model's own."""
     name = "decoder_input_ids" if is_encoder_decoder else "input_ids"
     ids, others = inputs[name], {key: value for key, value in inputs.items() if key != name}
 
     def run(model: nn.Module) -> object:
         with torch.no_grad():
-            first = model.eval()(**{name: ids[:, :-1]}, **others, use_cache=True)
+            kept = {"past_key_values": DynamicCache(config=model.config)} if given else {}
+            first = model.eval()(**{name: ids[:, :-1]}, **others, **kept, use_cache=True)
             cache = getattr(first, "past_key_values", None)
             if cache is None:
                 return ()

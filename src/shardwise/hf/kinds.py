@@ -32,7 +32,7 @@ def cut(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
 def _depths(text: PreTrainedConfig) -> list[str]:
     """The fields of a text model's config that say how many layers there are."""
     names = [name for name in _DEPTHS if isinstance(vars(text).get(name), int)]
-    return names or [next(name for name in _DEPTHS if hasattr(text, name))]
+    return names or [name for name in _DEPTHS if hasattr(text, name)][:1]
 
 
 def layer_of(name: str) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from shardwise.heads import heads_of
 from shardwise.infer.feeds import floats
 from shardwise.infer.proposals import Proposal, local_counts
 from shardwise.infer.simulate import Reference
@@ -164,7 +165,19 @@ def patched(
             attributes = {**(known.attributes if known else {}), **attributes}
             reason = f"its code reads these numbers, and {proposal.count} parts are dealt"
             rules[place] = Rule(place, style, "inferred", attributes=attributes, reason=reason)
-    return list(rules.values())
+    return [*rules.values(), *_norms_outside(model, proposals, rules)]
+
+
+def _norms_outside(model: nn.Module, proposals: Iterable[Proposal], rules: Mapping[str, Rule]) -> Iterator[Rule]:
+    """Attention's norms that no part reads: what they normalise is whole, whatever their names say (a `q_norm` in front of
+    `q_proj`).
+    """
+    for place in dict.fromkeys(proposal.place for proposal in proposals):
+        module = model.get_submodule(place)
+        for child, norm in module.named_children() if heads_of(module) is not None else ():
+            name = f"{place}.{child}"
+            if "norm" in child and name not in rules and f"{name}.weight" not in rules and not norm._modules:
+                yield Rule(name, "replicate", "inferred", reason="what it normalises is whole")
 
 
 def _input_width(model: nn.Module, proposal: Proposal) -> int:
