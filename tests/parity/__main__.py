@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import tempfile
 import time
@@ -14,9 +15,9 @@ from rich.progress import track
 from parity import wrappers
 from parity.calls import UNSOLVED
 from parity.suite import Suite
-from parity.table import RANK_COUNTS, Result, render, show
+from parity.table import RANK_COUNTS, Result, cells, render, show, with_rows
 from parity.types import every, planned
-from parity.wrapper_table import TITLE, render_wrappers, size_of
+from parity.wrapper_table import TITLE, render_wrappers, size_of, wrapper_cells
 from shardwise.errors import PlanError
 from shardwise.testing import RankPool
 
@@ -24,8 +25,8 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "architectures.md"
 
 
 def main(names: list[str]) -> int:
-    """Run the types and wrappers `names`, or all of them and write the document; "wrappers": all wrappers, and their table.
-    0 if all are exact that can be cut at all.
+    """Run the types and wrappers `names`, or all of them, and write their rows of the document; "wrappers": all wrappers, and
+    their table. 0 if all are exact that can be cut at all.
     """
     started, console = time.monotonic(), Console(width=120)
     known = ([], wrappers.names()) if names == ["wrappers"] else (every(), wrappers.names())
@@ -50,6 +51,13 @@ def main(names: list[str]) -> int:
     if whole:
         first = DOCUMENT.read_text().split(f"\n## {TITLE}\n")[0] if names else render(plain)
         DOCUMENT.write_text(first + render_wrappers(wrapped))
+    else:
+        first, heading, rest = DOCUMENT.read_text().partition(f"\n## {TITLE}\n")
+        DOCUMENT.write_text(
+            with_rows(first, map(cells, plain, plain.values()))
+            + heading
+            + with_rows(rest, map(wrapper_cells, wrapped, wrapped.values()))
+        )
     found = [one for results in (plain, wrapped) for result in results.values() for one in result.values()]
     return 0 if all(one.exact or one.open or not one.possible for one in found) else 1
 
@@ -67,4 +75,5 @@ def _result(suite: Suite, name: str, pool: RankPool) -> Result:
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
+    logging.getLogger("shardwise").setLevel(logging.ERROR)  # each inferred plan is said
     sys.exit(main(sys.argv[1:]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -114,6 +114,12 @@ def render(results: Results) -> str:
     text = _HEAD + "".join(f"| {' | '.join(row)} |\n" for row in rows)
     filled = ", ".join(f"`{name}`" for name in FILLED)
     return f"{text}\nThe default config leaves open what a model needs, and the sizes are filled in: {filled}.\n"
+
+
+def with_rows(text: str, rows: Iterable[tuple[str, ...]]) -> str:
+    """A page with these rows in the place of those of the same types."""
+    fresh = {row[0]: f"| {' | '.join(row)} |" for row in rows}
+    return "".join(f"{fresh.get(line[2:].partition(' |')[0], line)}\n" for line in text.split("\n"))[:-1]
 
 
 def written(text: str) -> dict[str, tuple[str, ...]]:

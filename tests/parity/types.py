@@ -79,19 +79,12 @@ OURS = (
 def build(name: str, **options: object) -> PreTrainedModel:
     """The tiny model in float32, the same in every process, with these options of its config besides those it needs."""
     needed = CALLS[name].options if name in CALLS else {}
-    model = tiny.build(tiny.PARTS.get(name, name), **{**_without_dropout(name), **needed, **options})
+    model = tiny.build(tiny.PARTS.get(name, name), **{**needed, **options})
     pad = getattr(model.config, "pad_token_id", None)
     if name == "youtu" and pad is not None:  # loading zeroes the pad token's row, so a checkpoint saved again has zeros there
         with torch.no_grad():
             model.get_input_embeddings().weight[pad] = 0
     return model
-
-
-@cache
-def _without_dropout(name: str) -> dict[str, object]:
-    """A checkpoint's config must say so, too: what is loaded drops out what the config says."""
-    config = CONFIG_MAPPING[tiny.PARTS.get(name, name)]
-    return {key: 0.0 for key, value in vars(config).items() if "drop" in key and isinstance(value, float) and value}
 
 
 def subject(name: str) -> Subject:
