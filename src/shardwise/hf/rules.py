@@ -23,7 +23,7 @@ from transformers import (
 from shardwise.errors import PlanError, describe
 from shardwise.hf.towers import around_text, end_of, text_prefix, token_embedding, tower_rules
 from shardwise.layers import ColwiseGatherOutput, ColwiseParallel
-from shardwise.plan import Plan
+from shardwise.plan import Plan, wildcard
 from shardwise.plans import corrections, dealt_experts
 from shardwise.plans.frozen import frozen_rules
 from shardwise.spec import Rule
@@ -50,6 +50,9 @@ def model_rules(model: nn.Module, size: int, expert_parallel: bool = False) -> l
     return found + tower_rules(model, found)
 
 
+LARGE = 0.02
+"""Of the model's elements: what a frozen plan does not name, and is larger, is cut where that can be done anywhere."""
+
 Kept = Callable[[str, nn.Module, str, int], list[Rule]]
 """The rules that are kept for a type, as `shardwise.plans.frozen.frozen_rules`."""
 
@@ -72,9 +75,23 @@ def frozen_model_rules(model: nn.Module, size: int, kept: Kept = frozen_rules) -
     parameters = dict(model.named_parameters(remove_duplicate=False))
     names = {rule.pattern for rule in found}
     named = {id(p) for name, p in parameters.items() if name in names or name.rpartition(".")[0] in names}
-    reason = "in no part that can be computed apart"
     rest = [name for name, p in parameters.items() if p.dim() > 1 and id(p) not in named]
-    return found + [Rule(name, "replicate", "frozen", reason=reason) for name in rest]
+    total = sum(p.numel() for p in model.parameters())
+    return found + [_left_over(model, name, parameters[name].numel() > LARGE * total, size) for name in rest]
+
+
+def _left_over(model: nn.Module, name: str, large: bool, size: int) -> Rule:
+    """The rule for a matrix that is in no part that can be computed apart: outside of the layers a large one is cut all the
+    same.
+    """
+    owner = name.rpartition(".")[0]
+    module = model.get_submodule(owner)
+    if large and "*" not in wildcard(name):
+        if type(module) is nn.Linear and module.out_features >= size:
+            return Rule(owner, "colwise_gather_output", "frozen", reason="its weight is cut, and its outputs gathered")
+        if type(module) is nn.Embedding and module.num_embeddings >= size:
+            return Rule(owner, "embedding_rowwise", "frozen", reason="rows are looked up one by one")
+    return Rule(name, "replicate", "frozen", reason="in no part that can be computed apart")
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:
