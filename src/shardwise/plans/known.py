@@ -22,5 +22,5 @@ _KNOWN = (
 
 
 def known_rules(name: str, module: nn.Module, size: int) -> list[Rule] | None:
-    """The rules for module `name` on `size` ranks; None of one that is not known, or whose parts can't be dealt."""
+    """The rules for module `name` on `size` ranks; None of one that is not known, or that stays as it is."""
     return next((rules for dealt in _KNOWN if (rules := dealt(name, module, size)) is not None), None)
