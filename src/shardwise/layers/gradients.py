@@ -21,8 +21,9 @@ def sum_gradient(parameter: Tensor, layout: Layout, shape: Shape, mesh: DeviceMe
     """`parameter`, such that what each backward adds to its gradient is summed over the ranks that hold the same values.
 
     The *contribution* is summed, not the accumulated `.grad`: that would add earlier micro-batches `size` times. A parameter
-    that is kept whole goes through `copy_to_tp`; of a partly replicated one (KV heads shared by ranks) the replicated pieces
-    are put at their place in a zero tensor of the full length first, so that a sum over all ranks is one over the holders.
+    that is kept whole goes through `copy_to_tp`, as does a piece that every rank has (B and C of a state-space mixer). A piece
+    that some ranks share (KV heads) is put at its place in a zero tensor of the full length first, so that a sum over all
+    ranks is one over the holders.
     Shapes: as `parameter`.
     """
     if not (parameter.requires_grad and torch.is_grad_enabled()):
@@ -34,7 +35,11 @@ def sum_gradient(parameter: Tensor, layout: Layout, shape: Shape, mesh: DeviceMe
     rank, parts = mesh.get_local_rank(), []
     for piece in layout.pieces(shape, rank, mesh.size()):
         part = parameter.narrow(dim, piece.local.start, piece.local.stop - piece.local.start)
-        parts.append(_sum_piece(part, dim, piece.full, shape[dim], mesh) if piece.copies > 1 else part)
+        if piece.copies == mesh.size():  # the same rows on every rank
+            part = copy_to_tp(part, mesh)
+        elif piece.copies > 1:
+            part = _sum_piece(part, dim, piece.full, shape[dim], mesh)
+        parts.append(part)
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
