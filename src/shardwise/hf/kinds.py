@@ -78,10 +78,10 @@ def _lists(model: nn.Module) -> list[list[Hashable]]:
     return [value for value in lists if all(isinstance(item, str | int | float | None) for item in value)]
 
 
-def needed_layers(model: nn.Module) -> int:
-    """How many of the first layers have one of each kind."""
+def needed_layers(model: nn.Module, besides: Mapping[str, Hashable]) -> int:
+    """How many of the first layers have one of each kind, where layers also differ by what is `besides`, by their paths."""
     first: dict[Hashable, int] = {}
     for layer, kind in layer_kinds(model).items():
         if layer:
-            first.setdefault((layer.rpartition(".")[0], kind), _number(layer))
+            first.setdefault((layer.rpartition(".")[0], kind, besides.get(layer)), _number(layer))
     return max(first.values(), default=0) + 1

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -29,10 +30,13 @@ Feed = Mapping[str, Any] | Callable[[nn.Module], object]
 """Keyword arguments of a model's forward; or what calls the model, and returns its outputs."""
 
 
-def specimen(model: nn.Module) -> PreTrainedModel | None:
+def specimen(model: nn.Module, kinds: Mapping[str, Hashable] = MappingProxyType({})) -> PreTrainedModel | None:
     """A new model of the class and config of `model`, with random weights in float32, on the CPU. The same in every process;
     torch's random state is left as it is. Of a large model it has the first layers alone, so many that there is one of each
     kind, and its large weights are on meta.
+
+    Args:
+        kinds: what layers also differ by, by their paths.
 
     None where `model` is no transformers model, or not what its config says (it has adapters, say).
     """
@@ -41,7 +45,7 @@ def specimen(model: nn.Module) -> PreTrainedModel | None:
     if elements(model) <= LARGE:
         made = _make(type(model), model.config)
         return made if _names(made) == _names(model) else None
-    shorter = _shorter(model)
+    shorter = _shorter(model, kinds)
     return shorter if shorter is not None else _whole(model)
 
 
@@ -71,9 +75,9 @@ def _make(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedMo
     return made.eval()
 
 
-def _shorter(model: PreTrainedModel) -> PreTrainedModel | None:
+def _shorter(model: PreTrainedModel, besides: Mapping[str, Hashable]) -> PreTrainedModel | None:
     """The first layers; None where a config with fewer makes other layers, or none."""
-    layers, kinds = needed_layers(model), structures(model)
+    layers, kinds = needed_layers(model, besides), structures(model)
     try:
         config = cut(model.config, layers)
         for field in _CHUNKS & vars(config.get_text_config()).keys():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -37,13 +38,15 @@ class Subject:
     words: str
 
 
-def subject(model: nn.Module, example_inputs: Feed | Sequence[Feed] | None) -> Subject:
-    """What to try plans for `model` out on.
+def subject(
+    model: nn.Module, example_inputs: Feed | Sequence[Feed] | None, kinds: Mapping[str, Hashable] = MappingProxyType({})
+) -> Subject:
+    """What to try plans for `model` out on, whose layers also differ by `kinds`, by their paths.
 
     Of a transformers model it is another one of the same config, of a large one the first layers of it; of any other, and of
     one that is not as its config says, the model itself. Raises `PlanError` where inputs are missing, or weights.
     """
-    made = specimen(model)
+    made = specimen(model, kinds)
     if made is None and any(parameter.is_meta for parameter in model.parameters()):
         raise PlanError(f"{type(model).__name__} is on meta, and no config says how it is made: build it on the CPU.")
     if example_inputs is not None:
