@@ -21,6 +21,16 @@ _LOW_RANK = ("altup_projections.*", "altup_unembed_projections.*", "layers.*.lau
 _PER_LAYER = ("per_layer_model_projection", "layers.*.per_layer_input_gate", "layers.*.per_layer_projection")
 
 
+def streams(name: str, module: nn.Module, size: int) -> list[Rule] | None:
+    """The rules for module `name`, which mixes the residual streams (AltUp): whole, as its code in training multiplies by the
+    clamped weights of its layers itself. None of any other.
+    """
+    if not {"prediction_coefs", "correction_coefs"} <= module._modules.keys():
+        return None
+    reason = "small, and its code in training multiplies by these weights itself"
+    return [rule(f"{name}.{child}", "replicate", reason) for child, _ in module.named_parameters()]
+
+
 def gemma4(model: nn.Module, prefix: str, size: int) -> list[Rule]:
     """The per-layer inputs, Gemma 4's too, which the model's plan forgets: their embedding is a third of the model's bytes."""
     small = "a narrow projection to the per-layer inputs or back, which would take two more collectives a layer"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from shardwise.plans import decoders, delta, doge, lightning, mixers, normed, recurrent, xlstm
+from shardwise.plans import decoders, delta, doge, gemma3n, lightning, mixers, normed, recurrent, xlstm
 from shardwise.spec import Rule
 
 _KNOWN = (
@@ -18,6 +18,7 @@ _KNOWN = (
     decoders.in_groups,
     normed.attention,
     normed.mlp,
+    gemma3n.streams,
 )
 
 
