@@ -124,13 +124,9 @@ NO_KEYS = "transformers refuses layers that all read the keys of another model"
 UNSOLVED: dict[tuple[str, int], str] = {
     (name, size): why
     for name, sizes, why in (
-        ("falcon_h1", BOTH, "a state-space mixer"),
         ("gemma3n", BOTH, "a tower of timm's, which is not installed"),
         ("gemma4_assistant", BOTH, NO_KEYS),
         ("gemma4_unified_assistant", BOTH, NO_KEYS),
-        ("mamba2", BOTH, "a state-space mixer"),
-        ("zamba", BOTH, "a state-space mixer"),
-        ("zamba2", BOTH, "a state-space mixer"),
     )
     for size in sizes
 }
