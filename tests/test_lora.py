@@ -14,6 +14,7 @@ from adapted import EVERYTHING, adapter, compare, lora, measure, measure_sharded
 from figures import gradient_error, gradients
 from models import batches, checkpoint
 from on_ranks import load
+from shardwise import tiny
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated",  # PEFT asks by the old name
@@ -88,6 +89,16 @@ def test_adapter_of_conv1d(pool2, tmp_path_factory):
     GPT2LMHeadModel(GPT2Config(**GPT2)).save_pretrained(path)
     changes = {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}
     folder = adapter(path, tmp_path_factory.mktemp("adapter"), **changes)
+    compare(pool2.run(measure_sharded, path, folder), measure(plain(path, folder)))
+
+
+def test_adapter_of_a_mixer(pool2, tmp_path_factory):
+    """Guards: an adapter around a product in the middle of a parallel region: A's product not summed, B's gradient that of the
+    rank's own channels.
+    """
+    path = tmp_path_factory.mktemp("mamba")
+    tiny.build("mamba").save_pretrained(path)
+    folder = adapter(path, tmp_path_factory.mktemp("adapter"), target_modules=["in_proj", "x_proj"])
     compare(pool2.run(measure_sharded, path, folder), measure(plain(path, folder)))
 
 
