@@ -94,7 +94,8 @@ def cells(name: str, results: Mapping[int, Result], size_of: Callable[[str], Rea
     errors = [_error(outcomes, lambda outcome: outcome.logits), _error(outcomes, lambda outcome: outcome.gradients)]
     cut = f"{100 * cut_share(outcomes[0].plan):.0f} %" if outcomes else "-"
     size = size_of(name) if size_of is not None else real_size(name) if name in planned() else _tiny_size(name, outcomes)
-    return (name, origin(name), *words, *errors, cut, *shares, *size.cells())
+    plan = origin(name) if size_of is None else "text model's"
+    return (name, plan, *words, *errors, cut, *shares, *size.cells())
 
 
 def origin(name: str) -> str:
