@@ -38,7 +38,7 @@ def freeze(name: str) -> Frozen:
     """
     try:
         return _Freezing(tiny_config(name)).run()
-    except (PlanError, ImportError, ValueError, TypeError, AttributeError, AssertionError, KeyError) as error:
+    except (PlanError, ImportError, ValueError, TypeError, AttributeError, AssertionError, KeyError, RuntimeError) as error:
         raise NotFrozen((str(error).splitlines() or [repr(error)])[0]) from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -57,9 +58,21 @@ def lines(found: Sequence[Found]) -> Iterator[Line]:
             if rule.style not in ENDS or "*" in wildcard(name):
                 length = cut_length(one.model, name, style_named(rule.style, name)) if rule.cut is not None else None
                 families.setdefault(wildcard(name), []).append(_Use(one, name, rule, length))
-    for family, uses in families.items():
+    for family, uses in _apart(families):
         if kept := _cut_inside(uses):
             yield _with_numbers(_line(family, kept), kept, families)
+
+
+def _apart(families: Mapping[str, Sequence[_Use]]) -> Iterator[tuple[str, Sequence[_Use]]]:
+    """The families, and where members of one are cut in several ways (`ffn.0` and `ffn.2` of a layer), those by themselves."""
+    for family, uses in families.items():
+        if len({use.rule.style for use in _cut_inside(uses)}) < 2:
+            yield family, uses
+            continue
+        parts: dict[str, list[_Use]] = {}
+        for use in uses:
+            parts.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", use.name, count=1), []).append(use)
+        yield from parts.items()
 
 
 def _cut_inside(uses: Sequence[_Use]) -> list[_Use]:

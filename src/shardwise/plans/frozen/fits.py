@@ -11,6 +11,7 @@ from torch import nn
 
 from shardwise.plan import wildcard
 from shardwise.plans.frozen.record import NUMBER, Variant
+from shardwise.plans.frozen.scope import field
 
 _NO_OPTION = re.compile(
     "dtype|^_|name_or_path|version|token_id|^output_|^return_dict|use_cache|problem_type|label|dropout|drop_|initial|"
@@ -35,7 +36,7 @@ def options(config: Any) -> Iterator[tuple[str, str]]:
             yield name, NUMBER
         elif isinstance(value, list) and value and all(isinstance(one, str) for one in value):
             yield from ((name, json.dumps(one)) for one in sorted(set(value)))
-    query, kv = (getattr(config, name, None) for name in _HEADS)
+    query, kv = (field(config, name) for name in _HEADS)
     if isinstance(query, int) and isinstance(kv, int):
         yield "heads", json.dumps("one KV head" if kv == 1 else "a KV head each" if kv == query else "groups")
 

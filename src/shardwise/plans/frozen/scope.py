@@ -26,6 +26,14 @@ def around(model: nn.Module, name: str) -> Iterator[nn.Module]:
     yield model
 
 
+def field(holder: object, name: str) -> Any:
+    """What is called `name` in a config or module; None where nothing is, or where it differs from layer to layer."""
+    try:
+        return getattr(holder, name, None)
+    except RuntimeError:  # transformers' AmbiguousGlobalPerLayerAttributeError
+        return None
+
+
 def integer(value: object) -> bool:
     """Whether `value` is a number that may stand in an expression."""
     return isinstance(value, int) and not isinstance(value, bool)
@@ -39,10 +47,9 @@ def lookup(model: nn.Module, name: str, length: int | None) -> Lookup:
     def value_of(wanted: str) -> int:
         if wanted == LENGTH and length is not None:
             return length
-        field = wanted.removeprefix("config.")
+        inside = wanted.removeprefix("config.")
         for module in around(model, name):
-            holder: Any = getattr(module, "config", None) if field != wanted else module
-            value: Any = getattr(holder, field, None)
+            value = field(getattr(module, "config", None) if inside != wanted else module, inside)
             if integer(value):
                 return int(value)
         raise ValueError(f"{name}: nothing around it has a number called {wanted!r}")
