@@ -77,16 +77,18 @@ def frozen_model_rules(model: nn.Module, size: int, kept: Kept = frozen_rules) -
     named = {id(p) for name, p in parameters.items() if name in names or name.rpartition(".")[0] in names}
     rest = [name for name, p in parameters.items() if p.dim() > 1 and id(p) not in named]
     total = sum(p.numel() for p in model.parameters())
-    return found + [_left_over(model, name, parameters[name].numel() > LARGE * total, size) for name in rest]
+    large = {name for name in rest if parameters[name].numel() > LARGE * total}
+    free = {name for name in large if "*" not in wildcard(name) or not any(name.startswith(prefix) for prefix, _ in bases)}
+    return found + [_left_over(model, name, name in free, size) for name in rest]
 
 
-def _left_over(model: nn.Module, name: str, large: bool, size: int) -> Rule:
-    """The rule for a matrix that is in no part that can be computed apart: outside of the layers a large one is cut all the
-    same.
+def _left_over(model: nn.Module, name: str, free: bool, size: int) -> Rule:
+    """The rule for a matrix that is in no part that can be computed apart: a large one outside of the layers, which is `free`,
+    is cut all the same.
     """
     owner = name.rpartition(".")[0]
     module = model.get_submodule(owner)
-    if large and "*" not in wildcard(name):
+    if free:
         if type(module) is nn.Linear and module.out_features >= size:
             return Rule(owner, "colwise_gather_output", "frozen", reason="its weight is cut, and its outputs gathered")
         if type(module) is nn.Embedding and module.num_embeddings >= size:
