@@ -129,14 +129,14 @@ def main() -> None:
     arguments = parser.parse_args()
     path = arguments.folder / "sizes.json"
     results: dict[str, dict[str, Any]] = json.loads(path.read_text())["models"] if arguments.models and path.exists() else {}
+    facts = {"torch": torch.__version__, "transformers": transformers.__version__, "tp": arguments.tp}
+    arguments.folder.mkdir(parents=True, exist_ok=True)
     for name in arguments.models or MODELS:
         results[name] = asdict(found := run(name, arguments.tp))
         print(f"{name}: {found}", flush=True)
-    facts = {"torch": torch.__version__, "transformers": transformers.__version__, "tp": arguments.tp}
-    results = {name: results[name] for name in MODELS if name in results}
-    arguments.folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**facts, "models": results}, indent=1) + "\n")
-    (arguments.folder / "sizes.md").write_text(page(results, facts))
+        results = {name: results[name] for name in MODELS if name in results}
+        path.write_text(json.dumps({**facts, "models": results}, indent=1) + "\n")
+        (arguments.folder / "sizes.md").write_text(page(results, facts))
 
 
 def run(name: str, size: int) -> Found:
