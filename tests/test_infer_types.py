@@ -30,6 +30,11 @@ def whole(plan: Plan) -> set[str]:
     return {wildcard(row.name) for row in plan if not row.sharded and len(row.shape) > 1 and not row.buffer}
 
 
+def styles(plan: Plan) -> set[str]:
+    """Those that the plan's rules name."""
+    return {row.rule.style for row in (*plan, *plan.modules) if row.rule is not None}
+
+
 @pytest.mark.parametrize("name", sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - NOT_BUILT.keys()))
 def test_every_type_is_small(name):
     """Guards: a tower or a vocabulary of default size inside of a tiny model: seconds, and gigabytes."""
@@ -76,7 +81,9 @@ def test_position_bias_is_cut_with_its_heads():
 
 def test_stacked_products_of_several_modules_are_cut():
     """Guards: experts whose matrices lie in a module each, which nothing copies the input to and nothing sums the output of."""
-    assert {name for name in whole(infer(tiny.build("jetmoe"), 2).plan) if "router" not in name} == set()
+    plan = infer(tiny.build("jetmoe"), 2).plan
+    assert {name for name in whole(plan) if "router" not in name} == set()
+    assert {"stacked_colwise", "stacked_rowwise"} <= styles(plan)
 
 
 def test_attention_that_is_exchanged_keeps_its_heads(threads):
@@ -85,6 +92,7 @@ def test_attention_that_is_exchanged_keeps_its_heads(threads):
     """
     options = {"block_size": 4, "num_random_blocks": 1}
     plan = shardwise.infer_plan(tiny.build("big_bird", **options), 2)
+    assert {"switched_attention", "block_heads"} <= styles(plan)
     made = [tiny.build("big_bird", **options).eval() for _ in range(3)]
     texts = [torch.arange(3, 83).view(2, 40), torch.arange(3, 27).view(2, 12)]  # sparse, then full
     expected = [made[2](input_ids=ids).logits for ids in texts]

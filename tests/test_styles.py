@@ -394,9 +394,14 @@ def test_styles_that_cannot_be_registered():
 
 
 def test_every_style_is_tested():
-    """Guards: a style that is added without a test here."""
+    """Guards: a style that is added without a test here, nor in a family's rules, which the suite of all types runs."""
     here = Path(__file__).parent
-    files = [*here.glob("test_*styles.py"), here / "test_expert_parallel.py"]
+    files = [
+        *here.glob("test_*styles.py"),
+        here / "test_expert_parallel.py",
+        here / "test_infer_types.py",
+        *Path(shardwise.__path__[0], "plans").glob("*.py"),
+    ]
     tests = "".join(path.read_text() for path in files) + json.dumps(ATTENTION_PLAN)
     assert [name for name in STYLES if f'"{name}"' not in tests] == []
 

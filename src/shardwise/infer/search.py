@@ -172,7 +172,7 @@ def _norms_outside(model: nn.Module, proposals: Iterable[Proposal], rules: Mappi
     """Attention's norms that no part reads: what they normalise is whole, whatever their names say (a `q_norm` in front of
     `q_proj`).
     """
-    for place in dict.fromkeys(proposal.place for proposal in proposals):
+    for place in dict.fromkeys(proposal.place for proposal in proposals if not proposal.complete):
         module = model.get_submodule(place)
         for child, norm in module.named_children() if heads_of(module) is not None else ():
             name = f"{place}.{child}"
