@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import sys
 import time
 from collections.abc import Iterator
 
@@ -130,7 +131,9 @@ def test_thread_that_raises_releases_the_others_and_is_named():
     assert caught.value.rank == 1
     assert isinstance(caught.value.__cause__, ValueError)
     assert not dist.is_initialized()
+    hook = sys.excepthook
     assert run_threads(dist.get_rank, 3) == [0, 1, 2]
+    assert sys.excepthook is hook
 
 
 def test_thread_that_hangs_is_shown():

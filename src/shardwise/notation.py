@@ -77,16 +77,16 @@ def _word(text: str) -> tuple[str, Spread]:
 
 
 def write_local(values: Sequence[int | None], of: int | None) -> str:
-    """A number of a module that becomes local: "6, 6 of 12"."""
-    return f"{', '.join(map(str, values))} of {of}"
+    """A number of a module that becomes local, "6, 6 of 12"; "6, 6" of one that the module has not in one process."""
+    return ", ".join(map(str, values)) + ("" if of is None else f" of {of}")
 
 
 def read_local(text: str) -> tuple[tuple[int, ...], int | None]:
     """The values on the ranks, and what the number is in one process. Raises `ValueError` for what is not written so."""
-    found = re.fullmatch(r"\s*(\d+(?:\s*,\s*\d+)*)\s+of\s+(\d+|None)\s*", text)
+    found = re.fullmatch(r"\s*(\d+(?:\s*,\s*\d+)*)(?:\s+of\s+(\d+))?\s*", text)
     if found is None:
         raise ValueError(f"{text!r}: a number for each rank, and of how many, as in '6, 6 of 12'")
-    return tuple(map(int, found[1].split(","))), None if found[2] == "None" else int(found[2])
+    return tuple(map(int, found[1].split(","))), int(found[2]) if found[2] else None
 
 
 def evaluate(text: str, names: Lookup | None = None) -> int:

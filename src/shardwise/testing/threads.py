@@ -109,11 +109,13 @@ def _release() -> None:
 def _threaded_world() -> Iterator[None]:
     if isinstance(dist.distributed_c10d._world, cast(type, threaded.ThreadLocalWorld)):
         raise RuntimeError("run_threads cannot be called from within itself: torch has one threaded process group at a time.")
+    hook = sys.excepthook  # which each rank's start replaces by one that puts its number in front of errors
     _set_thread_isolation_mode(True)
     threaded._install_threaded_pg()
     try:
         yield
     finally:
+        sys.excepthook = hook
         threaded.ProcessLocalGroup.reset()
         threaded._uninstall_threaded_pg()
         _set_thread_isolation_mode(False)
