@@ -179,5 +179,5 @@ CASES = {
     "mixture": Case(lambda: GPT(GroupedAttention, Mixture), "ids", (2, 9), 0.95, frozenset({"colwise", "rowwise"})),
     "head by head": Case(lambda: GPT(HeadByHead, Gated), "ids", (2, 9), 0.96, frozenset({"colwise_gather_output"})),
     "ViT": Case(ViT, "images", (2, 3, 16, 16), 0.9, WIDTH_STYLES),
-    "layers": Case(Layers, "x", (4, 32), 0.95, frozenset({"colwise_gather_output"})),
+    "layers": Case(Layers, "x", (4, 32), 0.95, frozenset({"colwise", "rowwise"})),
 }

@@ -197,6 +197,10 @@ class Use:
         return found if isinstance(found, Tensor) else None
 
 
+FEW = 16
+"""Tokens up to which random signs may leave a feature without a positive value, or without a negative one."""
+
+
 class Trace(Products):
     """Cuts the graph at every product of what runs under it, and records them as `calls`."""
 
@@ -216,17 +220,24 @@ class Trace(Products):
         return leaf.clone()  # which may be written to, where a leaf may not
 
     def _alternating(self, shape: torch.Size) -> Tensor:
-        """Random numbers, each feature's with one sign for every other token and the other sign for the rest: a rectifier lets
-        each through once.
+        """Random numbers whose signs alternate."""
+        return torch.randn(shape, generator=self._generator).abs() * self._signs(shape)
+
+    def _signs(self, shape: torch.Size) -> Tensor:
+        """Each feature's has one sign for half of the tokens and the other for the rest, so that a rectifier lets each through;
+        of two products in a row not the same half, so that two of them that are multiplied do, too.
         """
         features = torch.randn(shape[-1], generator=self._generator).sign()
-        tokens = (torch.arange(shape[:-1].numel()) % 2 * 2 - 1).view(*shape[:-1], 1)
-        return torch.randn(shape, generator=self._generator).abs() * features * tokens
+        turns = torch.arange(shape[:-1].numel()) // (1 + len(self.calls) % 2) % 2
+        return features * (turns * 2 - 1).view(*shape[:-1], 1)
 
     def _perturbed(self, result: Tensor) -> Tensor:
-        """`result` with random signs and some noise: a rectifier has no derivative where the tokens are all below zero."""
-        signs, noise = (torch.randn(result.shape, generator=self._generator).to(result) for _ in range(2))
-        return result * signs.sign() + noise * 0.1 * result.detach().abs().mean().nan_to_num(0.0)
+        """`result` with other signs and some noise: a rectifier has no derivative where the tokens are all below zero."""
+        noise = torch.randn(result.shape, generator=self._generator).to(result)
+        if result[..., 0].numel() <= FEW:
+            return (result.abs() + noise.abs() * 0.1 * result.abs().mean().nan_to_num(0.0)) * self._signs(result.shape).to(result)
+        signs = torch.randn(result.shape, generator=self._generator).to(result).sign()
+        return result * signs + noise * 0.1 * result.abs().mean().nan_to_num(0.0)
 
 
 def _argument(args: tuple[Any, ...], kwargs: Any, where: int) -> Any:
