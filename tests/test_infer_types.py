@@ -70,6 +70,17 @@ def test_other_heads_are_called_as_they_are(kind, name):
     assert body == set()
 
 
+def test_images_and_sounds_are_inputs():
+    """Guards: a model of neither text nor ids that is refused; one whose parametrized modules have classes of their own."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    images = transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, image_size=16, patch_size=8))
+    front = {"conv_dim": (8, 8), "conv_kernel": (20, 20), "conv_stride": (20, 20), "num_feat_extract_layers": 2}
+    front |= {"num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 4, "vocab_size": 31}
+    sounds = transformers.Wav2Vec2ForCTC(transformers.Wav2Vec2Config(**sizes, **front))
+    for model in (images, sounds):
+        assert {"colwise", "rowwise"} <= styles(shardwise.plan(model, 2))
+
+
 def test_position_bias_is_cut_with_its_heads():
     """Guards: attention that stays whole as an embedding of distances, a column a head, is added to its scores."""
     config = transformers.T5Config(vocab_size=127, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)

@@ -45,8 +45,9 @@ def sample_feeds(model: PreTrainedModel) -> list[Inputs | Callable[[nn.Module], 
         feeds[1] = padded
     if not _has_gradient(model, batches[0]):
         feeds = [_in_training(inputs) for inputs in feeds if not callable(inputs)]
-    ways = (_from_cache(batches[0], model.config.is_encoder_decoder, given) for given in (_takes_cache(model), False))
-    cached = next((way for way in ways if model.can_generate() and _runs(model, way)), None)
+    caches = (_takes_cache(model), False) if model.can_generate() else ()
+    ways = (_from_cache(batches[0], model.config.is_encoder_decoder, given) for given in caches)
+    cached = next((way for way in ways if _runs(model, way)), None)
     if cached is not None:
         feeds.append(cached)
     return feeds
@@ -101,7 +102,7 @@ def _shapes(model: PreTrainedModel) -> Iterator[tuple[int, ...]]:
             yield (bands, 2 * positions)
         if bands is not None:
             yield (4 * _TOKENS, bands)
-    yield (16_000,)
+    yield (4_000,)
 
 
 def _images(model: PreTrainedModel, generator: torch.Generator) -> Iterator[Tensor]:

@@ -117,5 +117,6 @@ class _LargeOnMeta(TorchFunctionMode):
 
 def _names(model: nn.Module) -> dict[str, object]:
     """The class of each module, and the shape of each parameter."""
-    kinds: dict[str, object] = {name: type(module) for name, module in model.named_modules()}
+    # By name: a module with a parametrization has a class of its own.
+    kinds: dict[str, object] = {name: type(module).__qualname__ for name, module in model.named_modules()}
     return kinds | {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

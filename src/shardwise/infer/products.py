@@ -235,7 +235,9 @@ class Trace(Products):
         """`result` with other signs and some noise: a rectifier has no derivative where the tokens are all below zero."""
         noise = torch.randn(result.shape, generator=self._generator).to(result)
         if result[..., 0].numel() <= FEW:
-            return (result.abs() + noise.abs() * 0.1 * result.abs().mean().nan_to_num(0.0)) * self._signs(result.shape).to(result)
+            return (result.abs() + noise.abs() * 0.1 * result.abs().mean().nan_to_num(0.0)) * self._signs(result.shape).to(
+                result
+            )
         signs = torch.randn(result.shape, generator=self._generator).to(result).sign()
         return result * signs + noise * 0.1 * result.abs().mean().nan_to_num(0.0)
 
