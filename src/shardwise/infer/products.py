@@ -233,13 +233,10 @@ class Trace(Products):
 
     def _perturbed(self, result: Tensor) -> Tensor:
         """`result` with other signs and some noise: a rectifier has no derivative where the tokens are all below zero."""
-        noise = torch.randn(result.shape, generator=self._generator).to(result)
+        noise = torch.randn(result.shape, generator=self._generator).to(result) * 0.1 * result.abs().mean().nan_to_num(0.0)
         if result[..., 0].numel() <= FEW:
-            return (result.abs() + noise.abs() * 0.1 * result.abs().mean().nan_to_num(0.0)) * self._signs(result.shape).to(
-                result
-            )
-        signs = torch.randn(result.shape, generator=self._generator).to(result).sign()
-        return result * signs + noise * 0.1 * result.abs().mean().nan_to_num(0.0)
+            return (result.abs() + noise.abs()) * self._signs(result.shape).to(result)
+        return result * torch.randn(result.shape, generator=self._generator).to(result).sign() + noise
 
 
 def _argument(args: tuple[Any, ...], kwargs: Any, where: int) -> Any:
