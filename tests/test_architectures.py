@@ -16,6 +16,7 @@ from parity.suite import Suite
 from parity.table import RANK_COUNTS, origin, written
 from parity.types import every, planned
 from shardwise.errors import PlanError
+from shardwise.plan import Plan
 from shardwise.testing import RankError, RankPool
 
 EVEN = 1.15
@@ -109,7 +110,7 @@ def plain(suite) -> Measured:
 
 def as_rank(plain: Measured) -> Measured:
     """What a rank of an exact model finds."""
-    return replace(plain, common=[{"norm": torch.ones(2)}])
+    return replace(plain, plan=Plan(2, (), ()), common=[{"norm": torch.ones(2)}])
 
 
 def outcome(suite: Suite, first: Measured, second: Measured, saved: str = "llama") -> tuple[str, ...]:

@@ -148,6 +148,7 @@ def test_plan_with_options(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Guards: an option that the command does not hand on."""
+    monkeypatch.setenv("COLUMNS", "120")
     rules = tmp_path / "rules.json"
     rules.write_text('{"layers.*.mlp": "replicate"}', encoding="utf-8")
     given = ("--batch", 3, "--sequence", 20, "--dtype", "bfloat16", "--optimizer", "sgd", "--device", "cuda", "--checkpointing")

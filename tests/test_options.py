@@ -19,7 +19,6 @@ from shardwise.errors import PlanError
 TYPES = [name for name in planned() if name != "llama4"]  # its language model is llama4_text, whose config it holds
 ONE, THREE = GROUPS
 WHOLE = {
-    "doge",
     "flex_olmo",
     "inkling2_text",
     "inkling_text",
@@ -67,7 +66,7 @@ def test_three_kv_heads_and_more(name, suites, shm2):
 
 
 # One for each way in which heads are gathered: the other types of `WHOLE` have the rules of one of these.
-@pytest.mark.parametrize("name", ["doge", "inkling_text", "minimax_m2", "olmo2", "olmo_hybrid", "phi3", "zaya"])
+@pytest.mark.parametrize("name", ["inkling_text", "minimax_m2", "olmo2", "olmo_hybrid", "phi3", "zaya"])
 def test_heads_computed_whole_need_not_divide(name, suites, shm4):
     """Guards: gathered q, k and v that are cut within a head, where 6 heads are on 4 ranks, and come back in another order."""
     outcome = suites[THREE].outcome(name, shm4)

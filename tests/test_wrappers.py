@@ -18,9 +18,10 @@ import shardwise
 from parity import wrappers
 from parity.suite import Suite
 from parity.table import written
-from parity.types import planned
+from parity.types import every
 from parity.wrapper_table import ELSEWHERE, TITLE, size_of
 from parity.wrappers import WRAPPERS
+from shardwise import plans
 from shardwise.errors import PlanError
 from shardwise.hf import build_on_meta, model_rules
 from shardwise.hf.towers import text_prefix
@@ -95,7 +96,7 @@ def test_the_tower_is_read(name, suite):
     assert not torch.allclose(logits[0], logits[1], atol=1e-3)
 
 
-@pytest.mark.parametrize("name", sorted(CORRECTIONS.keys() - TINY.keys() - set(planned())))
+@pytest.mark.parametrize("name", sorted(CORRECTIONS.keys() - TINY.keys() - set(every())))
 def test_corrections_fit(name):
     """Guards: a correction of a text model or a tower that no wrapper here has, or for a name that it does not have."""
     wrapper = next(key for key, found in WRAPPERS.items() if name in (found.text, *(kind for kind, _ in found.towers.values())))
@@ -123,8 +124,9 @@ def test_the_tower_stays_whole_by_name(llava):
     assert "model.vision_tower.encoder.layers.*.mlp.fc1.weight" in str(plan)
 
 
-def test_a_text_model_without_a_plan_is_refused():
+def test_a_text_model_without_a_plan_is_refused(monkeypatch):
     """Guards: a text model that every rank keeps whole because the tower is large and allowed to be whole."""
+    monkeypatch.setattr(plans, "CORRECTIONS", {})
     tower = {"model_type": "clip_vision_model", **SMALL, "hidden_size": 256, "intermediate_size": 1024}
     config = AutoConfig.for_model(
         "llava", text_config={"model_type": "bitnet", "vocab_size": 512, **SMALL}, vision_config=tower

@@ -65,6 +65,7 @@ def three_kv_heads(fields: Fields) -> Changes:
     """For six query heads of 16 features."""
     heads = given(3, *KV_HEADS, instead=2)(fields)
     wider = given(6, *QUERY_HEADS)(fields) | given(96, "hidden_size")(fields) | given(12, "mamba_n_heads")(fields)
+    wider |= given(192, "mamba_d_ssm")(fields) | given(96, "lru_width")(fields)
     return heads | wider if heads else {}
 
 
@@ -139,7 +140,7 @@ THREE_KV_HEADS = (
     Option("clipped q, k and v", given(0.2, "clip_qkv")),
     Option("dense layers", mlps("dense", 2), {"doge": {"is_moe": False}, "granitemoehybrid": {"num_local_experts": 0}}),
     Option("whole queries", given(None, "q_lora_rank"), {name: {} for name in COMPRESSED}),
-    Option("sliding and full attention", mixed_attention, {"qwen3_moe": SLIDING_ALONE}),
+    Option("sliding and full attention", mixed_attention, {"qwen3_moe": SLIDING_ALONE, "recurrent_gemma": {}}),
     Option(
         "shared KV layers",
         particular={
