@@ -42,8 +42,8 @@ def attention(name: str, module: Any, size: int) -> list[Rule] | None:
 
 
 def _over_all_heads(module: Any, heads: Heads) -> bool:
-    weight = getattr(getattr(module, "q_norm", None), "weight", None)
-    return weight is not None and heads.query > 1 and weight.shape == module.q_proj.weight.shape[:1]
+    norm, queries = (getattr(getattr(module, child, None), "weight", None) for child in ("q_norm", "q_proj"))
+    return norm is not None and queries is not None and heads.query > 1 and norm.shape == queries.shape[:1]
 
 
 def mlp(name: str, module: Any, size: int) -> list[Rule] | None:
