@@ -258,3 +258,10 @@ def test_little_stays_whole_without_a_word(name):
     plan = shardwise.plan(model, 2)
     silent = [row for row in plan if row.rule is None and not row.sharded and not row.buffer and len(row.shape) > 1]
     assert sum(row.bytes for row in silent) < 0.1 * plan.full_bytes
+
+
+@pytest.mark.parametrize(("width", "size"), [(80, 4), (12, 3)], ids=["aligned", "too narrow for that"])
+def test_experts_of_uneven_width(width, size):
+    """Guards: gate and up in turns that are dealt unlike the rows that read them, where the width is uneven: gpt-oss on 16."""
+    model = build("gpt_oss", intermediate_size=width, num_attention_heads=6 if size == 3 else 4, num_key_value_heads=size)
+    assert shardwise.prove(shardwise.plan(model, size), model)

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from shardwise.layers import Cut
-from shardwise.plans.parts import attention, rule
+from shardwise.plans.parts import MISSING, attention, rule
 from shardwise.spec import Rule
+
+_ALIGNED = 8  # grouped matrix products want rows of whole 16 bytes
 
 
 def rules(model: nn.Module, prefix: str, size: int) -> list[Rule]:
     """The rules for a model whose decoder layers are `{prefix}layers.*`. Its own plan knows the head alone."""
     experts, pairs = f"{prefix}layers.*.mlp.experts", "gate and up lie in turns: a pair stays together"
+    config: Any = model.config
+    width = config.intermediate_size
+    unit = _ALIGNED if width % _ALIGNED == 0 and width // _ALIGNED >= size else 1
     return [
         *attention(model, prefix),
         # Stored as (experts, in, out), the dims are those of the other style.
-        Rule(f"{experts}.gate_up_proj", "rowwise", "shardwise", Cut(unit=2), reason=pairs),
-        Rule(f"{experts}.gate_up_proj_bias", "rowwise", "shardwise", Cut(unit=2), reason=pairs),
-        rule(f"{experts}.down_proj", "colwise"),
+        Rule(f"{experts}.gate_up_proj", "rowwise", "shardwise", Cut(unit=2 * unit), reason=pairs),
+        Rule(f"{experts}.gate_up_proj_bias", "rowwise", "shardwise", Cut(unit=2 * unit), reason=pairs),
+        Rule(f"{experts}.down_proj", "colwise", "shardwise", Cut(unit=unit), reason=MISSING),
         rule(f"{experts}.down_proj_bias", "replicate", "added to a sum over ranks: the first rank's counts"),
         rule(experts, "moe_tp_experts", "each rank computes its slice of every expert"),
     ]
