@@ -265,3 +265,14 @@ def test_experts_of_uneven_width(width, size):
     """Guards: gate and up in turns that are dealt unlike the rows that read them, where the width is uneven: gpt-oss on 16."""
     model = build("gpt_oss", intermediate_size=width, num_attention_heads=6 if size == 3 else 4, num_key_value_heads=size)
     assert shardwise.prove(shardwise.plan(model, size), model)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "xglm"])
+def test_attention_to_an_encoder(name):
+    """Guards: an option that adds modules which no rule names: they would be refused, or run on all heads of their own."""
+    model = build(name, add_cross_attention=True)
+    plan = shardwise.plan(model, 2)
+    crossed = [row for row in plan if "crossattention" in row.name or "encoder_attn." in row.name]
+    assert crossed
+    assert all(row.sharded for row in crossed if len(row.shape) == 2)
+    assert shardwise.prove(plan, model)

@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import nn
 
+from shardwise.heads import heads_of
 from shardwise.layers import Cut
 from shardwise.layout import Block
 from shardwise.plan import wildcard
-from shardwise.plans.fused import WITHOUT, Counted, Fused, gathered, separate_attention
+from shardwise.plans.fused import WITHOUT, Counted, Fused, count, gathered, separate_attention
 from shardwise.plans.parts import mlp, rule, whole
 from shardwise.spec import Rule
 
@@ -22,7 +23,27 @@ _GROUPS = 4
 def gpt2(model: nn.Module, prefix: str, size: int) -> list[Rule]:
     """GPT-2: fused attention, weights kept as (in, out)."""
     attention = Fused("h.*.attn", "c_attn", "c_proj", {"split_size": "query width", "num_heads": "query"})
-    return [*attention.rules(model, prefix, size), *_mlp(prefix, "h.*.mlp", "c_fc", "c_proj"), _positions(f"{prefix}wpe")]
+    crossed = [found for name, module in _at(model, "h.*.crossattention") for found in _cross(prefix + name, module, size)]
+    mlps = _mlp(prefix, "h.*.mlp", "c_fc", "c_proj")
+    return [*attention.rules(model, prefix, size), *crossed, *mlps, _positions(f"{prefix}wpe")]
+
+
+def _cross(name: str, module: Any, size: int) -> list[Rule]:
+    """GPT-2's attention to an encoder's states, of which keys and values are one matrix."""
+    heads = heads_of(module)
+    if heads is None or heads.problem(size):
+        return gathered(name, ["q_attn", "c_attn"], "c_proj", "its heads can't be dealt to this many ranks")
+    counted, width = count(heads, module.head_dim, size), heads.query * module.head_dim
+    cut = heads.query_cut(width, size)
+    block, local = Block(width, cut.unit), {"split_size": counted["query width"], "num_heads": counted["query"]}
+    reason = "k and v, each cut between its heads; attention reshapes them by these numbers"
+    fused = Rule(f"{name}.c_attn", "packed_colwise", "shardwise", Cut(blocks=(block, block)), {}, local, reason)
+    ends = (("q_attn", "colwise"), ("c_proj", "rowwise"))
+    return [fused, *(Rule(f"{name}.{child}", style, "shardwise", cut, reason=WITHOUT) for child, style in ends)]
+
+
+def _at(model: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
+    return [(name, module) for name, module in model.named_modules() if wildcard(name) == path]
 
 
 def gpt_bigcode(model: nn.Module, prefix: str, size: int) -> list[Rule]:
@@ -97,7 +118,8 @@ def biogpt(model: nn.Module, prefix: str, size: int) -> list[Rule]:
 def xglm(model: nn.Module, prefix: str, size: int) -> list[Rule]:
     """XGLM: as BioGPT, with computed positions."""
     attributes: dict[str, Counted] = {"num_heads": "query", "embed_dim": "query width"}
-    attention = separate_attention(model, prefix, "layers.*.self_attn", size, "out_proj", attributes)
+    paths = ("layers.*.self_attn", "layers.*.encoder_attn")
+    attention = [found for path in paths for found in separate_attention(model, prefix, path, size, "out_proj", attributes)]
     return [*attention, *_mlp(prefix, "layers.*", "fc1", "fc2")]
 
 
