@@ -178,3 +178,12 @@ def test_positions_with_arguments_of_their_own_are_whole():
     found = infer(Text(), 2, {"ids": torch.randint(40, (2, 8))})
     assert whole(found.plan) == {"positions.weight"}
     assert not any("forward() got" in why for why in found.left.values())
+
+
+@pytest.mark.parametrize("size", [3, 4])
+def test_stacked_experts_are_cut_in_aligned_rows(size):
+    """Guards: experts of uneven width left whole, as grouped products refuse rows that are no multiple of 16 bytes."""
+    plan = infer(tiny.build("mixtral", intermediate_size=120), size).plan
+    widths = {plan["model.layers.0.mlp.experts.down_proj"].local_shape(rank, size)[-1] for rank in range(size)}
+    assert all(width % 8 == 0 for width in widths)
+    assert sum(plan["model.layers.0.mlp.experts.down_proj"].local_shape(rank, size)[-1] for rank in range(size)) == 120

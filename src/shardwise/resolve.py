@@ -255,7 +255,8 @@ class _Resolver:
         return {p: dropout[p] and p in closes for p, count in opens.items() if p in closes and (count > 1 or dropout[p])}
 
 
-_ALIGNED = 8
+ALIGNED = 8
+"""Rows of stacked matrices are cut in so many at once: grouped products want whole 16 bytes, 8 elements of two bytes."""
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
@@ -276,8 +277,7 @@ def _drops_out(module: nn.Module) -> bool:
 
 
 def _expert_cut(style: type[ParallelStyle], shape: Shape, size: int) -> Cut | None:
-    # Grouped matrix products want rows of whole 16 bytes, 8 elements of two bytes; not where that leaves a rank nothing.
-    cut = Cut(unit=_ALIGNED)
+    cut = Cut(unit=ALIGNED)  # not where that leaves a rank nothing
     return cut if style.layout(shape, cut).problem(shape, size) is None else None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -13,6 +13,7 @@ from shardwise.infer.products import Product
 from shardwise.layers import Cut, StackedColwise, stores_transposed
 from shardwise.layout import Block
 from shardwise.plan import wildcard
+from shardwise.resolve import ALIGNED
 from shardwise.spec import Rule
 
 COMPUTED = "what the model computes falls apart into {} parts"
@@ -71,6 +72,9 @@ def propose(model: nn.Module, island: Island, size: int, elsewhere: Iterable[Pro
     found = cuts(sides, size)
     if found is None:
         raise NotPossible(f"the indices of its parts lie in no order that {size} ranks can share by blocks")
+    count = island.count
+    if any(model.get_parameter(product.weight).dim() > 2 for product in island.products):
+        found, count = _aligned(found, count, size)
     cut_of = dict(zip((*island.producers, *island.consumers, *island.sliced), found, strict=True))
     targets = {product: _target(model, product) for product in island.products}
     reason = COMPUTED.format(island.count)
@@ -103,7 +107,21 @@ def propose(model: nn.Module, island: Island, size: int, elsewhere: Iterable[Pro
     numel = sum(_numel(model, product) for product in island.products if not _whole(island, product))
     names = tuple(dict.fromkeys(name for name, _ in targets.values()))
     place = _around(names)
-    return Proposal(place, type(model.get_submodule(place)).__name__, island.count, tuple(rules), island.products, names, numel)
+    return Proposal(place, type(model.get_submodule(place)).__name__, count, tuple(rules), island.products, names, numel)
+
+
+def _aligned(found: list[Cut], count: int, size: int) -> tuple[list[Cut], int]:
+    """Cuts between so many parts together that rows of stacked matrices are of whole 16 bytes, as grouped products want them;
+    and how many of those there are. As they are where that leaves a rank nothing.
+    """
+    if count % ALIGNED or count // ALIGNED < size:
+        return found, count
+    return [_coarser(cut) for cut in found], count // ALIGNED
+
+
+def _coarser(cut: Cut) -> Cut:
+    blocks = tuple(block if block.spread == "whole" else replace(block, unit=block.unit * ALIGNED) for block in cut.blocks)
+    return replace(cut, unit=cut.unit if blocks else cut.unit * ALIGNED, blocks=blocks)
 
 
 def _whole(island: Island, product: Product) -> bool:
