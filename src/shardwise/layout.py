@@ -216,6 +216,11 @@ class Packed(Layout):
         return f"dim {self.dim}: {' | '.join(str(block) for block in self.blocks)}"
 
 
+def local_numbers(value: int, count: int, size: int) -> tuple[int, ...]:
+    """What each of `size` ranks has of a number that falls into `count` equal parts."""
+    return tuple(value // count * Block(count).local_length(rank, size) for rank in range(size))
+
+
 @lru_cache(maxsize=1024)  # every layer asks for the same few
 def _lengths(blocks: tuple[Block, ...], size: int) -> tuple[int, ...]:
     return tuple(sum(block.local_length(rank, size) for block in blocks) for rank in range(size))

@@ -14,6 +14,7 @@ from torch import nn
 from shardwise import problems
 from shardwise.heads import Heads, heads_of, runs_over_kv
 from shardwise.layers import (
+    ALIGNED,
     Axis,
     Cut,
     ExpertParallel,
@@ -255,8 +256,6 @@ class _Resolver:
         return {p: dropout[p] and p in closes for p, count in opens.items() if p in closes and (count > 1 or dropout[p])}
 
 
-ALIGNED = 8
-"""Rows of stacked matrices are cut in so many at once: grouped products want whole 16 bytes, 8 elements of two bytes."""
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 

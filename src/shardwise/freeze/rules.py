@@ -10,9 +10,9 @@ from torch import nn
 
 from shardwise.freeze.express import Sample, express
 from shardwise.layers.registry import style_named
-from shardwise.layout import Block
+from shardwise.layout import Block, local_numbers
 from shardwise.plan import Line, wildcard
-from shardwise.plans.frozen.expand import local_numbers, number
+from shardwise.plans.frozen.expand import number
 from shardwise.plans.frozen.scope import LENGTH, cut_length
 from shardwise.spec import Rule
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from shardwise.infer.islands import Island, Owners, find_islands
+from shardwise.infer.islands import Island, Owners, find_islands, together
 from shardwise.infer.products import Product
 from shardwise.infer.sampled import EVERY, NONE, Codes, Reads
 
@@ -19,7 +19,7 @@ def islands_of(reads: Sequence[Reads], in_blocks: Callable[[Product], Reads]) ->
     Args:
         in_blocks: asks what a product reads again, all of its inputs, in blocks of some.
     """
-    for group in _together(reads):
+    for group in together(reads):
         coded = [one.codes for one in group if one.codes is not None]
         found = _among_many(group, coded) if len(coded) == len(group) else None
         if found is not None:
@@ -35,16 +35,6 @@ def islands_of(reads: Sequence[Reads], in_blocks: Callable[[Product], Reads]) ->
                     for product, owners in island.consumers.items()
                 },
             )
-
-
-def _together(reads: Sequence[Reads]) -> list[list[Reads]]:
-    """Those that depend on outputs of the same products."""
-    groups: list[list[Reads]] = []
-    for one in reads:
-        touching = [group for group in groups if any(one.outputs.keys() & other.outputs.keys() for other in group)]
-        merged = [*(read for group in touching for read in group), one]
-        groups = [group for group in groups if group not in touching] + [merged]
-    return groups
 
 
 def _among_many(group: Sequence[Reads], codes: Sequence[Codes]) -> Island | None:

@@ -44,13 +44,13 @@ class Island:
 
 def find_islands(reads: Sequence[Reads]) -> Iterator[Island]:
     """The islands of a model, given what each of its products reads; those that share a product are not separated here."""
-    for group in _together(reads):
+    for group in together(reads):
         island = _island(group)
         if island is not None:
             yield island
 
 
-def _together(reads: Sequence[Reads]) -> list[list[Reads]]:
+def together(reads: Sequence[Reads]) -> list[list[Reads]]:
     """Readers that depend on outputs of the same product must be dealt alike."""
     groups: list[list[Reads]] = []
     for one in reads:

@@ -10,10 +10,8 @@ from torch import nn
 from shardwise.infer.islands import EVERY, Island
 from shardwise.infer.layouts import cuts
 from shardwise.infer.products import Product
-from shardwise.layers import Cut, StackedColwise, stores_transposed
-from shardwise.layout import Block
+from shardwise.layers import ALIGNED, Cut, StackedColwise, stores_transposed
 from shardwise.plan import wildcard
-from shardwise.resolve import ALIGNED
 from shardwise.spec import Rule
 
 COMPUTED = "what the model computes falls apart into {} parts"
@@ -197,8 +195,3 @@ def _around(modules: Sequence[str]) -> str:
     common = [segments[0] for segments in zip(*parents, strict=False) if len(set(segments)) == 1]
     depth = next((at for at, segments in enumerate(zip(*parents, strict=False)) if len(set(segments)) > 1), len(common))
     return ".".join(parents[0][:depth])
-
-
-def local_counts(count: int, size: int) -> tuple[int, ...]:
-    """How many of `count` parts each of `size` ranks computes."""
-    return tuple(Block(count).local_length(rank, size) for rank in range(size))

@@ -18,8 +18,9 @@ from torch import nn
 
 from shardwise.heads import heads_of
 from shardwise.infer.feeds import floats
-from shardwise.infer.proposals import Proposal, local_counts
+from shardwise.infer.proposals import Proposal
 from shardwise.infer.simulate import Reference
+from shardwise.layout import local_numbers
 from shardwise.spec import Rule
 
 MOST = 48
@@ -148,17 +149,17 @@ def patched(
     rules: dict[str, Rule] = {}
     for proposal in proposals:
         rules |= {rule.pattern: rule for rule in proposal.rules}
-        patch, counts = chosen.get(proposal.family, NONE), local_counts(proposal.count, size)
+        patch = chosen.get(proposal.family, NONE)
         local: dict[str, dict[str, tuple[int, ...]]] = {proposal.place: {}} if patch.own_bias else {}
         if patch.own_width:
-            width = _input_width(model, proposal) // proposal.count
-            local[proposal.place] = {"input_width": tuple(width * count for count in counts)}
+            width = _input_width(model, proposal)
+            local[proposal.place] = {"input_width": local_numbers(width, proposal.count, size)}
             inside = [rule for rule in proposal.rules if rule.style in _COLWISE]
             rules |= {rule.pattern: replace(rule, style="colwise_whole_input") for rule in inside}
         for path, name in patch.numbers:
             place = f"{proposal.place}.{path}".strip(".")
             value = _read(model.get_submodule(place), name)
-            local.setdefault(place, {})[name] = tuple(value // proposal.count * count for count in counts)
+            local.setdefault(place, {})[name] = local_numbers(value, proposal.count, size)
         for place, attributes in local.items():
             known = rules.get(place)
             style = patch.style if place == proposal.place and patch.style else known.style if known else "local_params"

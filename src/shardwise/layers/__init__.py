@@ -42,6 +42,7 @@ from shardwise.layers.base import (
 )
 from shardwise.layers.embedding import EmbeddingColwise, EmbeddingRowwise, EmbeddingStyle
 from shardwise.layers.experts import (
+    ALIGNED,
     EpAllToAllExperts,
     EpDispatchExperts,
     EpRouter,
@@ -146,6 +147,7 @@ STYLES: MappingProxyType[str, type[ParallelStyle]] = MappingProxyType(
 )
 
 __all__ = [
+    "ALIGNED",
     "STYLES",
     "AgreedSeeds",
     "AllReduceParallel",

@@ -23,6 +23,9 @@ from shardwise.layers.dispatch import Dispatch
 from shardwise.layers.replicated import Replicate
 from shardwise.layout import Layout, Shape
 
+ALIGNED = 8
+"""Rows of stacked matrices are cut in so many at once: grouped products want whole 16 bytes, 8 elements of two bytes."""
+
 
 class MoeExpertsParallel(ParallelStyle):
     """Every rank computes its slice of every expert.  (X I, ids I, weights I) -> Y I."""

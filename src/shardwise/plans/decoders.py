@@ -14,7 +14,7 @@ from shardwise.layers import Cut
 from shardwise.layout import Block
 from shardwise.plan import wildcard
 from shardwise.plans.fused import WITHOUT, Counted, Fused, count, gathered, separate_attention
-from shardwise.plans.parts import mlp, rule, whole
+from shardwise.plans.parts import mlp, modules_at, rule, whole
 from shardwise.spec import Rule
 
 _GROUPS = 4
@@ -23,7 +23,9 @@ _GROUPS = 4
 def gpt2(model: nn.Module, prefix: str, size: int) -> list[Rule]:
     """GPT-2: fused attention, weights kept as (in, out)."""
     attention = Fused("h.*.attn", "c_attn", "c_proj", {"split_size": "query width", "num_heads": "query"})
-    crossed = [found for name, module in _at(model, "h.*.crossattention") for found in _cross(prefix + name, module, size)]
+    crossed = [
+        found for name, module in modules_at(model, "h.*.crossattention") for found in _cross(prefix + name, module, size)
+    ]
     mlps = _mlp(prefix, "h.*.mlp", "c_fc", "c_proj")
     return [*attention.rules(model, prefix, size), *crossed, *mlps, _positions(f"{prefix}wpe")]
 
@@ -40,10 +42,6 @@ def _cross(name: str, module: Any, size: int) -> list[Rule]:
     fused = Rule(f"{name}.c_attn", "packed_colwise", "shardwise", Cut(blocks=(block, block)), {}, local, reason)
     ends = (("q_attn", "colwise"), ("c_proj", "rowwise"))
     return [fused, *(Rule(f"{name}.{child}", style, "shardwise", cut, reason=WITHOUT) for child, style in ends)]
-
-
-def _at(model: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
-    return [(name, module) for name, module in model.named_modules() if wildcard(name) == path]
 
 
 def gpt_bigcode(model: nn.Module, prefix: str, size: int) -> list[Rule]:

@@ -7,8 +7,7 @@ from typing import Any
 from torch import nn
 
 from shardwise.heads import heads_of
-from shardwise.plan import wildcard
-from shardwise.plans.parts import rule
+from shardwise.plans.parts import modules_at, rule
 from shardwise.spec import Rule
 
 _REASON = "the mask has a row for each local KV head; the model's plan leaves them all on every rank"
@@ -16,7 +15,7 @@ _REASON = "the mask has a row for each local KV head; the model's plan leaves th
 
 def rules(model: nn.Module, prefix: str, size: int) -> list[Rule]:
     """The corrections for a model whose decoder layers are `{prefix}layers.*`, on `size` ranks."""
-    places = [(name, module) for name, module in model.named_modules() if wildcard(name) == "layers.*.self_attn"]
+    places = modules_at(model, "layers.*.self_attn")
     return [found for name, module in places for found in _mask(prefix + name, module, size) or ()]
 
 

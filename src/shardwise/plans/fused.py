@@ -12,7 +12,7 @@ from shardwise.heads import Heads, heads_of
 from shardwise.layers import Cut
 from shardwise.layout import Block
 from shardwise.plan import wildcard
-from shardwise.plans.parts import rule
+from shardwise.plans.parts import modules_at, rule
 from shardwise.spec import Rule
 
 Counted = Literal["query", "kv", "group", "query width", "kv width"]
@@ -45,7 +45,7 @@ class Fused:
 
     def rules(self, model: nn.Module, prefix: str, size: int) -> list[Rule]:
         """The rules for every such module of `model` on `size` ranks."""
-        here = ((name, module) for name, module in model.named_modules() if wildcard(name) == self.path)
+        here = modules_at(model, self.path)
         return [found for name, module in here for found in self._of(prefix + name, module, size)]
 
     def _of(self, name: str, module: nn.Module, size: int) -> list[Rule]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from shardwise.plan import wildcard
 from shardwise.plans import normed
-from shardwise.plans.parts import rule, whole
+from shardwise.plans.parts import modules_at, rule, whole
 from shardwise.spec import Rule
 
 
@@ -48,6 +47,6 @@ def gemma4_vision(model: nn.Module, prefix: str, size: int) -> list[Rule]:
 
 
 def _sparse_mlps(model: nn.Module, prefix: str, size: int) -> list[Rule]:
-    mlps = [(name, module) for name, module in model.named_modules() if wildcard(name) == "layers.*.mlp"]
+    mlps = modules_at(model, "layers.*.mlp")
     found = [rule for name, module in mlps for rule in normed.mlp(prefix + name, module, size) or ()]
     return [rule for rule in found if rule.style == "sharded_statistics"]  # the model's plan has the rest

@@ -6,11 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from shardwise.layers import Cut
+from shardwise.layers import ALIGNED, Cut
 from shardwise.plans.parts import MISSING, attention, rule
 from shardwise.spec import Rule
-
-_ALIGNED = 8  # grouped matrix products want rows of whole 16 bytes
 
 
 def rules(model: nn.Module, prefix: str, size: int) -> list[Rule]:
@@ -18,7 +16,7 @@ def rules(model: nn.Module, prefix: str, size: int) -> list[Rule]:
     experts, pairs = f"{prefix}layers.*.mlp.experts", "gate and up lie in turns: a pair stays together"
     config: Any = model.config
     width = config.intermediate_size
-    unit = _ALIGNED if width % _ALIGNED == 0 and width // _ALIGNED >= size else 1
+    unit = ALIGNED if width % ALIGNED == 0 and width // ALIGNED >= size else 1
     return [
         *attention(model, prefix),
         # Stored as (experts, in, out), the dims are those of the other style.

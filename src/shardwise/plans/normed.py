@@ -10,8 +10,7 @@ from typing import Any
 from torch import nn
 
 from shardwise.heads import Heads, heads_of
-from shardwise.plan import wildcard
-from shardwise.plans.parts import rule
+from shardwise.plans.parts import modules_at, rule
 from shardwise.spec import Rule
 
 _HEADS, _WIDTH = "its statistics are over all heads", "its statistics are over the full width"
@@ -20,7 +19,7 @@ _LOCAL = "local heads, as the statistics of the norms behind it are summed"
 
 def attentions(model: nn.Module, prefix: str, size: int) -> list[Rule]:
     """The rules for every such attention on `size` ranks. Whose heads can't be dealt stays as the model's plan has it."""
-    places = [(name, module) for name, module in model.named_modules() if wildcard(name) == "layers.*.self_attn"]
+    places = modules_at(model, "layers.*.self_attn")
     return [found for name, module in places for found in attention(prefix + name, module, size) or ()]
 
 
@@ -63,7 +62,7 @@ def mlp(name: str, module: Any, size: int) -> list[Rule] | None:
 
 def bitnet(model: nn.Module, prefix: str, size: int) -> list[Rule]:
     """BitNet: Llama's layers, with a norm in front of each row-wise product."""
-    mlps = [(name, module) for name, module in model.named_modules() if wildcard(name) == "layers.*.mlp"]
+    mlps = modules_at(model, "layers.*.mlp")
     dealt = attentions(model, prefix, size)
     refused = [] if dealt else [rule(f"{prefix}layers.*.self_attn.{child}_proj", "colwise") for child in "qkv"]
     return [*dealt, *refused, *(found for name, module in mlps for found in mlp(prefix + name, module, size) or ())]

@@ -18,13 +18,18 @@ def places(model: nn.Module, path: str, having: str = "", lacking: str = "") -> 
     """The modules at `path` ("layers.*.self_attn", relative to `model`) that have a child or parameter called `having` and
     none called `lacking`: the path itself where all of them do, else the name of each that does.
     """
-    here = {name: module for name, module in model.named_modules() if wildcard(name) == path}
+    here = dict(modules_at(model, path))
     fitting = [
         name
         for name, module in here.items()
         if (not having or getattr(module, having, None) is not None) and (not lacking or not hasattr(module, lacking))
     ]
     return [path] if fitting and len(fitting) == len(here) else fitting
+
+
+def modules_at(model: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
+    """The modules at `path`, as of `places`, each with its name."""
+    return [(name, module) for name, module in model.named_modules() if wildcard(name) == path]
 
 
 def rule(pattern: str, style: str, reason: str = MISSING) -> Rule:

@@ -7,7 +7,7 @@ import re
 from torch import nn
 
 from shardwise.layers.registry import style_named
-from shardwise.layout import Block
+from shardwise.layout import local_numbers
 from shardwise.names import Names
 from shardwise.notation import Lookup, evaluate, read_cut
 from shardwise.plan import Line
@@ -64,8 +64,3 @@ def number(module: nn.Module, name: str) -> int | None:
     for part in name.split("."):
         value = getattr(value, part, None)
     return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def local_numbers(value: int, count: int, size: int) -> tuple[int, ...]:
-    """What each of `size` ranks has of a number that falls into `count` equal parts."""
-    return tuple(value // count * Block(count).local_length(rank, size) for rank in range(size))
