@@ -56,10 +56,10 @@ def test_gradients_of_fused_layers(threads, kind):
 
 def test_gathered_outputs(threads):
     """Guards: a layer without a region (a language model's head), whose copy nobody lets go of."""
-    module = randomize(nn.Sequential(nn.Linear(6, 7)))
+    module, data = randomize(nn.Sequential(nn.Linear(6, 7))), (x(2, 6), x(2, 6))
 
     def use(model: nn.Module) -> object:
-        found = train(model, x(2, 6), x(2, 6))
+        found = train(model, *data)
         region = model[0]._tp.region
         assert region is None or (region._last is None and not region._late)
         return found
