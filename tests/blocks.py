@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 import shardwise
 from shardwise.layout import Sharded
-from shardwise.parallelize import required_state
+from shardwise.model_state import required_state
 from shardwise.plan import Plan
 from shardwise.testing import RankError
 

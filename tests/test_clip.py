@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 import shardwise
 from blocks import ATTENTION_PLAN, Attention, GatedMlp, randomize, tp_axis, under
-from shardwise.parallelize import required_state
+from shardwise.model_state import required_state
 from shardwise.testing import RankError
 
 Gradients = dict[str, Tensor | None]

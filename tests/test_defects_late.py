@@ -34,7 +34,7 @@ from shardwise.collectives import GatherFromTP
 from shardwise.errors import MissingRankError
 from shardwise.heads import Heads
 from shardwise.layout import Block
-from shardwise.parallelize import required_state
+from shardwise.model_state import required_state
 from shardwise.testing import RankError, RankTimeoutError
 
 

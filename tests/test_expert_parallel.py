@@ -21,7 +21,7 @@ from parity.types import build, planned
 from shardwise import tiny
 from shardwise.errors import MeshError, PlanError, ShardwiseError
 from shardwise.layers import EpDispatchExperts
-from shardwise.parallelize import required_state
+from shardwise.model_state import required_state
 from shardwise.plan import wildcard
 from shardwise.plans import SORTED_EXPERTS
 from shardwise.testing import RankError, RankPool

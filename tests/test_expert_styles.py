@@ -23,7 +23,7 @@ from blocks import (
     weights_like,
     x,
 )
-from shardwise.parallelize import required_state
+from shardwise.model_state import required_state
 
 SIZES = (2, 3, 4)
 

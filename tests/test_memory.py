@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import shardwise
 from shardwise.checkpoint import FileSource
-from shardwise.parallelize import required_state
+from shardwise.model_state import required_state
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 

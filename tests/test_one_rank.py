@@ -16,7 +16,8 @@ from models import batches, checkpoint
 from shardwise.hf import model_rules
 from shardwise.mesh import local_device
 from shardwise.model import ShardedModel
-from shardwise.parallelize import ModelState, apply_plan
+from shardwise.model_state import ModelState
+from shardwise.parallelize import apply_plan
 from shardwise.resolve import resolve
 from shardwise.testing import RankPool
 from shardwise.testing.fake import fake_rank

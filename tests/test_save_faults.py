@@ -18,7 +18,7 @@ import shardwise
 from shardwise import storage
 from shardwise.errors import ShardwiseError
 from shardwise.generation import same_random_state
-from shardwise.parallelize import required_state
+from shardwise.model_state import required_state
 from shardwise.testing import RankError
 
 COMMON = {

@@ -18,7 +18,7 @@ import shardwise
 from models import config as tiny
 from shardwise.hf import build_on_meta
 from shardwise.mesh import tp_mesh
-from shardwise.parallelize import required_state
+from shardwise.model_state import required_state
 from shardwise.testing.fake import fake_rank
 
 MIB = 2**20

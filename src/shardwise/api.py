@@ -30,15 +30,8 @@ from shardwise.layers import ColwiseParallel, Stream
 from shardwise.layers.registry import style_named
 from shardwise.mesh import expert_axis, local_device, tp_mesh
 from shardwise.model import ShardedModel
-from shardwise.parallelize import (
-    ModelState,
-    apply_plan,
-    put_adapters_back,
-    refuse_parallel,
-    remove_plan,
-    state_of,
-    take_adapters_out,
-)
+from shardwise.model_state import ModelState, refuse_parallel, state_of
+from shardwise.parallelize import apply_plan, put_adapters_back, remove_plan, take_adapters_out
 from shardwise.plan import Plan
 from shardwise.plan_file import Written, is_plan_file, read
 from shardwise.rendezvous import START_TIMEOUT, meet

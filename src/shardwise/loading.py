@@ -26,7 +26,8 @@ from shardwise.layers import original_class
 from shardwise.lazy import LazyTensor, read_into
 from shardwise.mesh import expert_axis, local_device, tp_mesh
 from shardwise.model import ShardedModel
-from shardwise.parallelize import ModelState, apply_plan, required_state
+from shardwise.model_state import ModelState, required_state
+from shardwise.parallelize import apply_plan
 from shardwise.rendezvous import START_TIMEOUT, meet
 from shardwise.replicas import digest, first_difference
 from shardwise.spec import ShardSpec

@@ -16,7 +16,8 @@ from shardwise.errors import ShardwiseError, describe
 from shardwise.generation import same_random_state
 from shardwise.hf import AdaptersSeen, load_adapter, save_adapter
 from shardwise.layers import ParallelStyle
-from shardwise.parallelize import apply_adapters, required_state
+from shardwise.model_state import required_state
+from shardwise.parallelize import apply_adapters
 from shardwise.rendezvous import meet
 from shardwise.saving import save_pretrained
 from shardwise.state import cut_full_tensors, gather_adapters

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,58 +23,22 @@ from shardwise.layers import (
     Region,
     SequenceRowwise,
     ShardState,
-    Stream,
     is_parallel,
     is_plain,
     is_product,
     original_class,
     parallel_class,
 )
+from shardwise.model_state import STATE, ModelState, refuse_parallel, required_state
 from shardwise.plan import Plan
 from shardwise.replicas import checksum, first_difference
 from shardwise.spec import ModuleSpec, ShardSpec, sums_gradient
 
 if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
+    pass
 
 ReadShard = Callable[[ShardSpec, Tensor], Tensor]
-_STATE = "_shardwise"
 _DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
-
-
-@dataclass(frozen=True)
-class ModelState:
-    """What a parallel model carries: the table, and the axes that it lies on.
-
-    Args:
-        plan: the table.
-        mesh: the tp axis, whose ranks compute the same tokens.
-        ep: the ranks to which experts are dealt: the tp axis, or several neighbouring ones. A rank's model lies on all of them.
-        overlap: the all-reduces of input gradients overlap with weight gradients.
-        stream: what the modules of a sequence-parallel model share; None of another.
-        adapters: the table of the adapters that PEFT has put into the model, by their names there; None where it has none.
-    """
-
-    plan: Plan
-    mesh: DeviceMesh
-    ep: DeviceMesh
-    overlap: bool = False
-    stream: Stream | None = None
-    adapters: Plan | None = None
-
-    def row(self, name: str) -> ShardSpec | None:
-        """The row of the tensor that has `name` in the model as it is now, adapters included."""
-        own = self.adapters.get(name) if self.adapters is not None else None
-        return own or self.plan.get(name) or self.plan.get(ordinary_name(name))
-
-    def axis_of(self, row: ShardSpec | ModuleSpec) -> DeviceMesh:
-        """The mesh that `row` lies on."""
-        return self.ep if row.axis == "ep" else self.mesh
-
-    def local_shape(self, row: ShardSpec) -> tuple[int, ...]:
-        """The shape of this rank's shard of `row`."""
-        axis = self.axis_of(row)
-        return row.local_shape(axis.get_local_rank(), axis.size())
 
 
 def apply_plan(model: nn.Module, state: ModelState, read: ReadShard, root: type[ParallelStyle] | None = None) -> None:
@@ -98,7 +62,7 @@ def apply_plan(model: nn.Module, state: ModelState, read: ReadShard, root: type[
     if root is not None and not is_parallel(model):
         model.__dict__["_tp"] = ShardState(mesh, mesh)
         model.__class__ = parallel_class(root, type(model))
-    model.__dict__[_STATE] = state
+    model.__dict__[STATE] = state
     _leave_experts_to_us(model, state)
 
 
@@ -111,7 +75,7 @@ def remove_plan(model: nn.Module, read: ReadShard) -> None:
     for module in model.modules():
         if is_parallel(module):
             _restore_module(module)
-    del model.__dict__[_STATE]
+    del model.__dict__[STATE]
     model.__dict__.pop(_DDP_IGNORES, None)
 
 
@@ -127,7 +91,7 @@ def apply_adapters(model: nn.Module, configs: Mapping[str, Any]) -> None:
     """
     state = required_state(model)
     if not has_adapters(model):
-        model.__dict__[_STATE] = replace(state, adapters=None)
+        model.__dict__[STATE] = replace(state, adapters=None)
         return
     if state.stream is not None:
         raise ShardwiseError("Adapters and sequence_parallel=True do not go together: leave sequence_parallel out.")
@@ -142,7 +106,7 @@ def apply_adapters(model: nn.Module, configs: Mapping[str, Any]) -> None:
             _parallelize_module(module, row, on, _region_around(model, row.name) if row.region else None)
     for original, copy in copied_layers(model) if not state.overlap else ():
         copy.__dict__["_tp"].region = original.__dict__["_tp"].region  # or the copy would open it and not close it
-    model.__dict__[_STATE] = replace(state, adapters=table)
+    model.__dict__[STATE] = replace(state, adapters=table)
 
 
 def take_adapters_out(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
@@ -162,69 +126,6 @@ def put_adapters_back(found: list[tuple[nn.Module, str, nn.Module]]) -> None:
         setattr(parent, child, wrapper)
 
 
-def state_of(model: nn.Module) -> ModelState | None:
-    """The table and the axis of a parallel model, also through the wrappers of DDP and torch.compile; None of an ordinary one.
-
-    Raises `ShardwiseError` for a module that has a parallel model somewhere inside.
-    """
-    for attribute in ("_orig_mod", "module"):
-        if _STATE not in model.__dict__ and attribute in model._modules:
-            inner = model._modules[attribute]
-            return state_of(inner) if inner is not None else None
-    state = model.__dict__.get(_STATE)
-    assert state is None or isinstance(state, ModelState)
-    if state is None and (inner := next((name for name, m in model.named_modules() if _STATE in m.__dict__), None)):
-        raise ShardwiseError(
-            describe(
-                f"{type(model).__name__} is not parallel itself: the parallel model is its {inner!r}.",
-                either=[f"pass model.{inner}, or", "for clipping, shardwise.clip_grad_norm_ takes the whole"],
-            )
-        )
-    return state
-
-
-def parallel_parts(model: nn.Module) -> Iterator[tuple[ModelState, nn.Module]]:
-    """The parallel models in `model`: itself, or what it wraps (a reward model's backbone)."""
-    for module in model.modules():
-        state = module.__dict__.get(_STATE)
-        if isinstance(state, ModelState):
-            yield state, module
-
-
-def plain_name(name: str) -> str:
-    """A tensor's name in the model itself, without what DDP ("module.") and torch.compile ("_orig_mod.") put into it."""
-    parts = name.split(".")
-    return ".".join(part for i, part in enumerate(parts) if part != "_orig_mod" and not (i == 0 and part == "module"))
-
-
-def row_of(state: ModelState, name: str, tensor: Tensor) -> ShardSpec:
-    """The row of the tensor that a parallel model has under `name`, whatever DDP or torch.compile wrapped it in.
-
-    Raises `ShardwiseError` for one that was added or replaced after the model became parallel: the table does not know it.
-    """
-    name = plain_name(name)
-    row = state.row(name)
-    if row is not None and tuple(tensor.shape) == state.local_shape(row):
-        return row
-    raise ShardwiseError(
-        describe(
-            f"{name} was {'added' if row is None else 'replaced'} after the model became parallel.",
-            found=f"shape {tuple(tensor.shape)}" + ("" if row is None else f", where the plan says {row.shape} in all"),
-            either=["change the ordinary model, and make it parallel then, or", "shardwise.unparallelize(model) first"],
-        )
-    )
-
-
-def required_state(model: nn.Module) -> ModelState:
-    """As `state_of`; raises `ShardwiseError` for an ordinary model."""
-    state = state_of(model)
-    if state is None:
-        raise ShardwiseError(
-            f"{type(model).__name__} is not parallel: load it with tp_plan='auto', or call shardwise.parallelize(model, mesh)."
-        )
-    return state
-
-
 def _check_fits(model: nn.Module, plan: Plan) -> None:
     found = {name: tuple(tensor.shape) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     planned = {row.name: row.shape for row in plan.tensors}
@@ -237,12 +138,6 @@ def _check_fits(model: nn.Module, plan: Plan) -> None:
                 either=["make the plan from this model or its config, or", 'plan="auto"'],
             )
         )
-
-
-def refuse_parallel(model: nn.Module) -> None:
-    """Raise `PlanError` for a model that is parallel already."""
-    if state_of(model) is not None:
-        raise PlanError(f"{type(model).__name__} is parallel already: shardwise.unparallelize(model) first.")
 
 
 def _replace_tensors(model: nn.Module, plan: Plan, read: ReadShard) -> None:

@@ -18,7 +18,7 @@ from shardwise.errors import CheckpointError, ShardwiseError, describe
 from shardwise.hf import checkpoint_tensors, description_files
 from shardwise.lazy import Box, LazyTensor, lazy, read
 from shardwise.mesh import all_replicas, is_first_replica, local_device, replica_groups
-from shardwise.parallelize import ModelState, plain_name, required_state, row_of
+from shardwise.model_state import ModelState, plain_name, required_state, row_of
 from shardwise.rendezvous import DEFAULT_TIMEOUT, meet_ranks
 from shardwise.replicas import check_same_arguments
 from shardwise.spec import ShardSpec

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from shardwise.mesh import local_device, point_to_point_device
-from shardwise.parallelize import ModelState, plain_name, required_state, row_of, state_of
+from shardwise.model_state import ModelState, plain_name, required_state, row_of, state_of
 from shardwise.rendezvous import meet
 from shardwise.spec import ShardSpec
 

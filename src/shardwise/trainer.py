@@ -29,7 +29,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from shardwise.errors import MismatchError, ShardwiseError, describe
 from shardwise.loading import load_weights
-from shardwise.parallelize import ModelState, parallel_parts
+from shardwise.model_state import ModelState, parallel_parts
 from shardwise.replicas import checksum, first_difference
 from shardwise.training import (
     average_gradients,

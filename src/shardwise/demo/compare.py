@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from shardwise.parallelize import required_state
+from shardwise.model_state import required_state
 
 Tensors = Mapping[str, Tensor]
 

@@ -21,7 +21,7 @@ from shardwise.demo.settings import Settings, model_config
 from shardwise.demo.text import Text
 from shardwise.demo.train import Run, Training, train
 from shardwise.launch import run_as_ranks
-from shardwise.parallelize import required_state
+from shardwise.model_state import required_state
 
 _RELOAD_SECONDS = 300.0
 _EVALUATED = 8

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import shardwise
 from shardwise.demo.settings import Settings
 from shardwise.demo.text import Text
-from shardwise.parallelize import state_of
+from shardwise.model_state import state_of
 
 
 class Run:

@@ -19,7 +19,8 @@ from shardwise.infer.feeds import floats
 from shardwise.infer.given import Given, Replay
 from shardwise.infer.products import tensors
 from shardwise.infer.subject import Subject
-from shardwise.parallelize import ModelState, apply_plan
+from shardwise.model_state import ModelState
+from shardwise.parallelize import apply_plan
 from shardwise.plan import Plan
 from shardwise.spec import ShardSpec
 from shardwise.testing import RankError, RankTimeoutError, run_threads

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from shardwise.errors import ShardwiseError, describe
 from shardwise.mesh import local_device
-from shardwise.parallelize import ModelState, parallel_parts, row_of
+from shardwise.model_state import ModelState, parallel_parts, row_of
 from shardwise.spec import ShardSpec
 
 if TYPE_CHECKING:

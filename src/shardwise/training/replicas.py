@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from shardwise.mesh import replica_groups
-from shardwise.parallelize import parallel_parts, row_of
+from shardwise.model_state import parallel_parts, row_of
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

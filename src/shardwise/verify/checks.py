@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from shardwise.parallelize import required_state
+from shardwise.model_state import required_state
 from shardwise.verify.compare import (
     Measure,
     Tensors,

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from shardwise.parallelize import ModelState, required_state
+from shardwise.model_state import ModelState, required_state
 from shardwise.verify.measure import Found, Generated
 
 Tensors = Mapping[str, Tensor]

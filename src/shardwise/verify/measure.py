@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import shardwise
-from shardwise.parallelize import state_of
+from shardwise.model_state import state_of
 from shardwise.verify.load import Feed
 
 _SEED = 0

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from shardwise.errors import ShardwiseError
-from shardwise.parallelize import required_state
+from shardwise.model_state import required_state
 from shardwise.plan import Plan
 from shardwise.spec import ModuleSpec, Rule, ShardSpec
 from shardwise.verify.arrange import Arrangements, entered
