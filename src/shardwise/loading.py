@@ -18,10 +18,10 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import logging
 
 from shardwise.api import PlanLike, asked_ep_size, make_plan, model_state, parallelize
-from shardwise.checkpoint import find_checkpoint, fingerprint, open_checkpoint
+from shardwise.checkpoint import dequantized, find_checkpoint, fingerprint, open_checkpoint
 from shardwise.errors import MismatchError, PlanError, ShardwiseError, describe
 from shardwise.generation import same_random_state
-from shardwise.hf import attach_generation_config, load_lazily, resolve_model_class
+from shardwise.hf import attach_generation_config, load_lazily, quantization, resolve_model_class, without_quantization
 from shardwise.layers import original_class
 from shardwise.lazy import LazyTensor, read_into
 from shardwise.mesh import expert_axis, local_device, tp_mesh
@@ -85,6 +85,8 @@ def from_pretrained(
     axis = tp_mesh(tp_size, device_mesh, ep_size)
     if axis is None or max(axis.size(), ep_size or 1) == 1:
         return _ordinary(auto_class, path_or_id, kwargs).to(local_device(axis))
+    if getattr(kwargs.get("quantization_config"), "dequantize", False):
+        del kwargs["quantization_config"]  # as it is done anyway
     if given := [name for name in _REFUSED if kwargs.get(name)]:
         raise ShardwiseError(
             describe(
@@ -180,6 +182,9 @@ class _Request:
         files = find_checkpoint(self.path, variant=self.variant, **self.hub)
         tensors = open_checkpoint(files.files, files.index)
         self.fingerprint = fingerprint(files)
+        if (quantized := quantization(given)) is not None:
+            tensors, config = dequantized(tensors, *quantized), without_quantization(config)
+            self._say_dequantized(model_class, quantized[0])
         model = load_lazily(model_class, config, tensors, dtype=self.dtype, seed=self.seed, **rest)
         table = make_plan(model, self.mesh.size(), self.tp_plan, ep_size=self.ep_size)
         state = model_state(model, table, self.mesh, self.ep, self.overlap, self.sequence_parallel)
@@ -191,6 +196,13 @@ class _Request:
         model.config.name_or_path = self.path
         _check_loaded(model)
         return model
+
+    def _say_dequantized(self, model_class: type[PreTrainedModel], method: str) -> None:
+        if self.ep.get_local_rank() == 0:
+            logging.get_logger(__name__).warning(
+                f"{model_class.__name__}: the checkpoint is quantized ({method}). "
+                "Its weights are dequantized while they are loaded, and are saved so."
+            )
 
     def check_agreement(self, model: nn.Module) -> None:
         """Raise `MismatchError`, on every rank, when the ranks loaded different things. Collective."""

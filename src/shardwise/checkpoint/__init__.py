@@ -7,5 +7,6 @@ can be wrong with the files themselves is found when they are opened, from their
 from shardwise.checkpoint.find import CheckpointFiles, find_checkpoint
 from shardwise.checkpoint.fingerprint import fingerprint
 from shardwise.checkpoint.open import FileSource, open_checkpoint
+from shardwise.checkpoint.quantized import dequantized
 
-__all__ = ["CheckpointFiles", "FileSource", "find_checkpoint", "fingerprint", "open_checkpoint"]
+__all__ = ["CheckpointFiles", "FileSource", "dequantized", "find_checkpoint", "fingerprint", "open_checkpoint"]

@@ -15,7 +15,7 @@
 """
 
 from shardwise.hf.adapters import AdaptersSeen, load_adapter, save_adapter
-from shardwise.hf.auto import attach_generation_config, refuse_quantized, resolve_model_class
+from shardwise.hf.auto import attach_generation_config, quantization, resolve_model_class, without_quantization
 from shardwise.hf.feeds import sample_feeds
 from shardwise.hf.kinds import cut, layer_kinds, layer_of
 from shardwise.hf.load import load_lazily
@@ -61,10 +61,11 @@ __all__ = [
     "load_lazily",
     "model_rules",
     "origin_of",
-    "refuse_quantized",
+    "quantization",
     "resolve_model_class",
     "sample_feeds",
     "save_adapter",
     "specimen",
     "unpacked_sequences",
+    "without_quantization",
 ]

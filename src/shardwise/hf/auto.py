@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from typing import Any
 
+import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module, resolve_trust_remote_code
 from transformers.models.auto.auto_factory import _BaseAutoModelClass, _get_model_class, add_generation_mixin_to_remote_model
 
+from shardwise.checkpoint.quantized import METHODS
 from shardwise.errors import CheckpointError, describe
 
 
@@ -26,10 +29,10 @@ def resolve_model_class(
     as it is. As transformers does, this may import a model's own code from `path_or_id` (default: `config.name_or_path`).
 
     Raises:
-        CheckpointError: the config is quantized.
+        CheckpointError: the config is quantized by a method that shardwise can't undo.
         ValueError: `auto_class` has no model for the config, or the model needs code that `trust_remote_code` doesn't allow.
     """
-    refuse_quantized(config)
+    quantization(config)
     if issubclass(auto_class, PreTrainedModel):
         return auto_class, config
     mapping = auto_class._model_mapping
@@ -58,23 +61,46 @@ def resolve_model_class(
     return known, config.get_text_config() if is_text_part else config
 
 
-def refuse_quantized(config: PreTrainedConfig) -> None:
-    """Raise CheckpointError where `config`, or a part of it, says that the weights are quantized."""
-    parts = [config, *(getattr(config, name, None) for name in config.sub_configs)]
-    for part in parts:
+def quantization(config: PreTrainedConfig) -> tuple[str, dict[str, Any]] | None:
+    """How the weights are quantized, says `config` or a part of it: the method, and its settings. None where they are not.
+
+    Raises:
+        CheckpointError: by a method that shardwise can't undo.
+    """
+    for part in _parts(config):
         found = getattr(part, "quantization_config", None)
-        if found is not None:
-            method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
-            raise CheckpointError(
-                describe(
-                    f"{config.model_type}: a quantized checkpoint can't be sharded.",
-                    quantized=f"{method or 'by a method not named'}, says the quantization_config of the config",
-                    either=[
-                        "use a checkpoint in float32, bfloat16 or float16, or",
-                        "load it once with plain transformers, model.dequantize(), and save_pretrained",
-                    ],
-                )
+        if found is None:
+            continue
+        settings: dict[str, Any] = found if isinstance(found, dict) else found.to_dict()
+        method = str(getattr(settings.get("quant_method"), "value", settings.get("quant_method")) or "by a method not named")
+        if method in METHODS:
+            return method, settings
+        raise CheckpointError(
+            describe(
+                f"{config.model_type}: a quantized checkpoint can't be sharded.",
+                quantized=f"{method}, says the quantization_config of the config",
+                can_be=", ".join(sorted(METHODS)) + ": dequantized while they are loaded",
+                either=[
+                    "use a checkpoint in float32, bfloat16 or float16, or",
+                    "load it once with plain transformers, model.dequantize(), and save_pretrained",
+                ],
             )
+        )
+    return None
+
+
+def without_quantization(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy that is not quantized; where it doesn't say so, its dtype is bfloat16, as transformers has it then."""
+    config = copy.deepcopy(config)
+    for part in _parts(config):
+        if getattr(part, "quantization_config", None) is not None:
+            del part.quantization_config
+    config.dtype = config.dtype or torch.bfloat16
+    return config
+
+
+def _parts(config: PreTrainedConfig) -> list[Any]:
+    return [config, *(part for name in config.sub_configs if (part := getattr(config, name, None)) is not None)]
 
 
 def attach_generation_config(model: PreTrainedModel, path_or_id: str | os.PathLike[str], **hub_kwargs: Any) -> None:

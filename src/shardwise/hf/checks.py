@@ -104,8 +104,11 @@ class _Errors:
     def dtypes(self) -> list[str]:
         """Floating parameters and buffers that are made of integers, which only a quantizer could read."""
         lines = []
+        floating = (tensor for tensor in self.outcome.tensors.values() if tensor.is_floating_point())
+        decoded = {id(source) for tensor in floating for source in sources(tensor)}
         for name, tensor in _tensors(self.outcome.model):
-            wrong = [source for source in sources(tensor) if not (source.dtype.is_floating_point or source.dtype.is_complex)]
+            integers = (s for s in sources(tensor) if not (s.dtype.is_floating_point or s.dtype.is_complex))
+            wrong = [source for source in integers if id(source) not in decoded]
             if tensor.is_floating_point() and wrong:
                 lines.append(f"{name}: expected {_plain(tensor.dtype)}, found {_plain(wrong[0].dtype)} in {wrong[0].name}")
         return lines

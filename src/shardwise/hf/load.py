@@ -13,7 +13,6 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from shardwise.hf.auto import refuse_quantized
 from shardwise.hf.checks import Outcome, check
 from shardwise.lazy import LazyTensor
 
@@ -40,6 +39,7 @@ def load_lazily(
 
     Args:
         model_class: a concrete class (see `resolve_model_class`).
+        config: its config, not quantized (see `without_quantization`).
         tensors: the checkpoint (see `open_checkpoint`).
         dtype: of floating parameters; `"auto"`: what the config or else the checkpoint says.
         seed: of new initialisation, on its own random state; give all ranks the same one. None: torch's current state.
@@ -47,9 +47,8 @@ def load_lazily(
         key_mapping, model_kwargs: as for `from_pretrained`; the latter go to the model's constructor.
 
     Raises:
-        CheckpointError: shapes, keys, conversions or dtypes that don't fit, up to 8 of each; or a quantized config.
+        CheckpointError: shapes, keys, conversions or dtypes that don't fit, up to 8 of each.
     """
-    refuse_quantized(config)
     with _quiet(), torch.device("cpu"), _random_state(seed):
         try:
             model, info = model_class.from_pretrained(

@@ -5,12 +5,15 @@ for exactly the range that is needed, and copies it straight into its place in `
 
     cat([stack([w1.0, w1.1]), stack([w3.0, w3.1])], 1)[1:2, 0:8]    ->   out[0, 0:8] <- w1.1[0:8]
 
-Every other operation reads its inputs whole, runs for real, and the box is taken of its result.
+and through those that work element by element (a quantized weight times its scales), in steps of a few MiB. Every other
+operation reads its inputs whole, runs for real, and the box is taken of its result.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import cast
 
 import torch
@@ -19,6 +22,8 @@ from torch.utils._pytree import tree_map_only
 
 from shardwise.lazy.expr import Const, Expr, Leaf, Op, full_box, lengths, take
 from shardwise.lazy.views import Box, Cover, cover
+
+_STEP = 1 << 20  # elements that are computed at once
 
 
 def whole(expr: Expr) -> Tensor:
@@ -49,7 +54,7 @@ def fill(out: Tensor, expr: Expr, box: Box) -> None:
     elif isinstance(expr, Const):
         out.copy_(take(expr.tensor, box))
     elif isinstance(expr, Op) and 0 not in out.shape:
-        rule = _RULES.get(str(expr.func.overloadpacket))
+        rule = _RULES.get(str(expr.func.overloadpacket), _pointwise if torch.Tag.pointwise in expr.func.tags else None)
         if rule is None or not rule(out, expr, box):
             out.copy_(take(_compute(expr), box))
 
@@ -182,9 +187,48 @@ def _expand(out: Tensor, op: Op, box: Box) -> bool:
     return True
 
 
+def _pointwise(out: Tensor, op: Op, box: Box) -> bool:
+    for place, step in _steps(box):
+        args, kwargs = tree_map_only(Expr, partial(_broadcast_part, step), (op.args, dict(op.kwargs)))
+        take(out, place).copy_(op.func(*args, **kwargs))
+    return True
+
+
+def _broadcast_part(box: Box, expr: Expr) -> Tensor:
+    """What `box` of a result needs of an input that is broadcast to it."""
+    within = box[len(box) - len(expr.shape) :]
+    return part(expr, tuple((0, 1) if n == 1 else bounds for n, bounds in zip(expr.shape, within, strict=True)))
+
+
+def _looked_up(out: Tensor, op: Op, box: Box) -> bool:
+    table, index = whole(op.input), cast(Expr, op.argument(1, "index"))
+    for place, step in _steps(box):
+        take(out, place).copy_(op.func(table, part(index, step)))
+    return True
+
+
+def _steps(box: Box) -> Iterator[tuple[Box, Box]]:
+    """`box` in pieces of some rows: where each lies in what `box` takes, and itself."""
+    shape = lengths(box)
+    dim = next((dim for dim, length in enumerate(shape) if length > 1), 0)
+    if math.prod(shape) <= _STEP or not shape:
+        yield full_box(shape), box
+        return
+    rows = max(1, _STEP // math.prod(shape[dim + 1 :]))
+    start, stop = box[dim]
+    for low in range(start, stop, rows):
+        high = min(low + rows, stop)
+        yield (
+            (*full_box(shape[:dim]), (low - start, high - start), *full_box(shape[dim + 1 :])),
+            (*box[:dim], (low, high), *box[dim + 1 :]),
+        )
+
+
 def _view(out: Tensor, op: Op, box: Box) -> bool:
-    if isinstance(op.argument(1, "dtype"), torch.dtype):
-        return False
+    if isinstance(dtype := op.argument(1, "dtype"), torch.dtype):
+        if dtype.itemsize == op.input.dtype.itemsize:
+            out.copy_(part(op.input, box).view(dtype))
+        return dtype.itemsize == op.input.dtype.itemsize
     found = cover(op.input.shape, op.shape, box)
     if found is None:
         out.copy_(take(whole(op.input).reshape(op.shape), box))
@@ -225,6 +269,7 @@ _RULES: Mapping[str, Callable[[Tensor, Op, Box], bool]] = {
         "squeeze": _squeeze,
         "expand": _expand,
         "view _unsafe_view reshape _reshape_alias": _view,
+        "take": _looked_up,
     }.items()
     for name in names.split()
 }
