@@ -17,6 +17,7 @@ from llamas import TINY
 from shardwise.checkpoint import dequantized
 from shardwise.errors import CheckpointError
 from shardwise.lazy import lazy, read
+from shardwise.loading import load_dequantized
 from test_lazy import Memory
 
 E2M1 = (0, 0.5, 1, 1.5, 2, 3, 4, 6)
@@ -203,11 +204,13 @@ def test_loading(pool2, tmp_path, kind):
         full, gradients, loss = pool2.run(_train, str(tmp_path), dtype, str(out))[0]
         assert {name: tensor.dtype for name, tensor in full.items()} == dict.fromkeys(plain.state_dict(), dtype)
         assert all(torch.equal(full[name], tensor) for name, tensor in plain.state_dict().items())
+        one = load_dequantized(AutoModelForCausalLM, str(tmp_path), AutoConfig.from_pretrained(tmp_path), dtype)
+        assert all(torch.equal(one.state_dict()[name], tensor) for name, tensor in full.items())
         again = AutoModelForCausalLM.from_pretrained(out)
         assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in full.items())
         if dtype == torch.float32:
-            one = plain(input_ids=IDS, labels=IDS).loss
-            one.backward()
-            assert loss == pytest.approx(one.item(), abs=1e-5)
+            wanted = plain(input_ids=IDS, labels=IDS).loss
+            wanted.backward()
+            assert loss == pytest.approx(wanted.item(), abs=1e-5)
             for name, parameter in plain.named_parameters():
                 torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-5)

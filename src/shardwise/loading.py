@@ -23,7 +23,7 @@ from shardwise.errors import MismatchError, PlanError, ShardwiseError, describe
 from shardwise.generation import same_random_state
 from shardwise.hf import attach_generation_config, load_lazily, quantization, resolve_model_class, without_quantization
 from shardwise.layers import original_class
-from shardwise.lazy import LazyTensor, read_into
+from shardwise.lazy import LazyTensor, read, read_into
 from shardwise.mesh import expert_axis, local_device, tp_mesh
 from shardwise.model import ShardedModel
 from shardwise.model_state import ModelState, required_state
@@ -266,6 +266,23 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
             axis = state.axis_of(row)
             with torch.no_grad():
                 tensor.copy_(read_shard(row, source, axis.get_local_rank(), axis.size()))
+
+
+def load_dequantized(auto_class: Any, path: str, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The ordinary model of a quantized checkpoint, in one process: the weights that ranks would have parts of.
+
+    Raises `CheckpointError` as `from_pretrained`.
+    """
+    files, quantized = find_checkpoint(path), quantization(config)
+    tensors = open_checkpoint(files.files, files.index)
+    tensors = tensors if quantized is None else dequantized(tensors, *quantized)
+    weights = {key: read(tensor, tuple((0, length) for length in tensor.shape)) for key, tensor in tensors.items()}
+    model_class, config = resolve_model_class(auto_class, config, path_or_id=path)
+    model: PreTrainedModel = model_class.from_pretrained(
+        None, config=without_quantization(config), state_dict=weights, dtype=dtype
+    )
+    attach_generation_config(model, path)
+    return model
 
 
 def read_shard(row: ShardSpec, tensor: Tensor, rank: int, size: int) -> Tensor:

@@ -16,7 +16,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from shardwise import loading
 from shardwise.errors import ShardwiseError, describe
-from shardwise.hf import class_of
+from shardwise.hf import class_of, quantization
 from shardwise.layers.registry import register_style
 from shardwise.mesh import local_device
 from shardwise.verify.settings import Settings
@@ -49,7 +49,10 @@ def import_styles(settings: Settings) -> None:
 def load_whole(settings: Settings, path: str, dtype: torch.dtype) -> PreTrainedModel:
     """The ordinary model, in this process, without dropout, in training mode."""
     config = _config(path)
-    model = class_of(config).from_pretrained(path, config=config, dtype=dtype)
+    if quantization(config) is None:
+        model = class_of(config).from_pretrained(path, config=config, dtype=dtype)
+    else:
+        model = loading.load_dequantized(class_of(config), path, config, dtype)
     return _without_dropout(model.to(local_device(None))).train()
 
 
