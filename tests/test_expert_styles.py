@@ -51,12 +51,20 @@ TP_EXPERTS = {
     "experts.down_proj": "rowwise",
     "experts": "moe_tp_experts",
 }
+UNSAID = {name: style for name, style in TP_EXPERTS.items() if name != "experts"}
 EP_EXPERTS = {
     "gate": "ep_router",
     "experts.gate_up_proj": "grouped_gemm",
     "experts.down_proj": "grouped_gemm",
     "experts": "ep_dispatch_experts",
 }
+
+
+def test_split_experts_are_summed(threads):
+    """Guards: a rank's part of the experts' sum taken for all of it, where rules name the weights alone (Llama 4's plan in
+    transformers 5.14).
+    """
+    check_parity(threads, 2, experts_block("eager"), UNSAID, (x(2, 5, 8),), tolerance=1e-5)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm"])

@@ -44,6 +44,7 @@ def resolve(model: nn.Module, rules: Sequence[Rule], size: int, ep_size: int | N
     resolver = _Resolver(model, size, ep_size or size)
     resolver.assign(rules)
     resolver.rules |= head_norms(resolver.modules, resolver.rules, size)
+    resolver.rules |= resolver.summed_experts()
     rows = tuple(resolver.rows())
     modules = tuple(resolver.module_rows({row.name: row for row in rows}))
     return Plan(size, rows, modules, resolver.ep_size, resolver.rules)
@@ -95,6 +96,19 @@ class _Resolver:
         for key in inside:
             if key in self.modules and self.rules[key] is rule:
                 del self.rules[key]
+
+    def summed_experts(self) -> dict[str, Rule]:
+        """Rules for stacked experts whose weights are split by rules, and whose outputs no rule sums."""
+        reason = "its experts are split, and no rule says that their outputs are summed"
+        found = {}
+        for name, module in self.modules.items():
+            stacked = [child for child, p in module._parameters.items() if p is not None and p.dim() == _STACKED]
+            rules = [self.rules.get(_join(name, child)) for child in stacked]
+            styles = [style_named(rule.style, str(rule)) for rule in rules if rule is not None]
+            split = len(styles) == len(rules) > 1 and all(issubclass(s, LinearStyle) and s.axis == "tp" for s in styles)
+            if split and name not in self.rules and MoeExpertsParallel.refuses(module) is None:
+                found[name] = Rule(name, "moe_tp_experts", "shardwise", reason=reason)
+        return found
 
     def rows(self) -> Iterator[ShardSpec]:
         """One row a tensor; names that are tied to one tensor share it."""
@@ -256,6 +270,7 @@ class _Resolver:
         return {p: dropout[p] and p in closes for p, count in opens.items() if p in closes and (count > 1 or dropout[p])}
 
 
+_STACKED = 3  # dims of the weights of several experts
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
