@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import nn
 
@@ -14,8 +15,8 @@ from shardwise.infer.lift import lifted
 from shardwise.infer.proposals import Proposal
 from shardwise.infer.search import Patch, patched, patches
 from shardwise.infer.simulate import Reference, check
-from shardwise.infer.switched import switched
-from shardwise.infer.twins import find_twins, with_twins
+from shardwise.infer.switched import exchanged, switched
+from shardwise.infer.twins import Twins, find_twins, with_twins
 from shardwise.plan import Plan, wildcard
 from shardwise.resolve import resolve
 from shardwise.spec import Rule
@@ -77,6 +78,14 @@ class Choice:
         cut = {wildcard(name) for row in plan if row.sharded for name in (row.name, row.name.rpartition(".")[0])}
         return Inference(plan, proof, {name: why for name, why in self.left.items() if name not in cut})
 
+    @cached_property
+    def _twins(self) -> Twins:
+        return find_twins(self.reference.model)
+
+    @cached_property
+    def _exchanged(self) -> frozenset[str]:
+        return exchanged(self.model, self.reference.model)
+
     def _plan(self, rules: Sequence[Rule]) -> Plan:
         return resolve(self.model, lifted(rules, self.reference.model, self.model), self.size)
 
@@ -137,8 +146,7 @@ class Choice:
             *patched(self.reference.model, proposals, self.chosen, self.size),
             *(rule for tied in ends for rule in tied),
         ]
-        rules = switched(self.model, self.reference.model, rules)
-        rules = with_twins(rules, find_twins(self.reference.model))
+        rules = with_twins(switched(self.model, self._exchanged, rules), self._twins)
         rules += self._whole({rule.pattern for rule in rules})
         try:
             return rules, check(self.reference, resolve(self.reference.model, rules, self.size))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -46,22 +46,32 @@ class Known:
     first_output: int
 
 
-class Given(Products):
+class WithoutValues(Products):
+    """Products with weights on meta: what comes out of them is given, by a process or a rank each in its way."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        super().__init__(parameters)
+        self._terms: list[Tensor] = []
+
+    def loss(self) -> Tensor:
+        """What makes gradients flow from the inputs of the products; of what several ranks have in parts, a part."""
+        return sum(self._terms, torch.zeros(()))
+
+    def _seen(self, use: Use) -> Any:
+        return self._given(use) if use.weight.is_meta else use.result()
+
+    def _given(self, use: Use) -> Tensor:
+        raise NotImplementedError
+
+
+class Given(WithoutValues):
     """One process: makes up what comes out of products with weights on meta, and keeps it as `known`."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         super().__init__(parameters)
         self.known: list[Known] = []
-        self._terms: list[Tensor] = []
 
-    def loss(self) -> Tensor:
-        """What makes gradients flow from the inputs of the products."""
-        return sum(self._terms, torch.zeros(()))
-
-    def _seen(self, use: Use) -> Tensor:
-        if not use.weight.is_meta:
-            found: Tensor = use.result()
-            return found
+    def _given(self, use: Use) -> Tensor:
         y = self._made_up(use).requires_grad_(torch.is_grad_enabled())
         asks = use.product.inputs is not None and use.x.requires_grad
         weighed = torch.randn(use.x.shape, generator=self._generator) if asks else None
@@ -109,7 +119,7 @@ class UnlikeOneProcess(Exception):
     """A rank does not do what one process does."""
 
 
-class Replay(Products):
+class Replay(WithoutValues):
     """A rank: gives it its part of what one process knows, and compares what it hands to the products.
 
     Args:
@@ -125,7 +135,6 @@ class Replay(Products):
         self._left: dict[str, list[Known]] = {}
         for one in reversed(known):
             self._left.setdefault(one.product.weight, []).append(one)
-        self._terms: list[Tensor] = []
         self.met: list[Met] = []
         self.error, self.worst = 0.0, ""
 
@@ -133,14 +142,7 @@ class Replay(Products):
         """The weights that one process used more often."""
         return [name for name, known in self._left.items() if known]
 
-    def loss(self) -> Tensor:
-        """As that of one process; of what several ranks have in parts, a part."""
-        return sum(self._terms, torch.zeros(()))
-
-    def _seen(self, use: Use) -> Tensor:
-        if not use.weight.is_meta:
-            found: Tensor = use.result()
-            return found
+    def _given(self, use: Use) -> Tensor:
         name = use.product.weight
         if not self._left.get(name):
             raise UnlikeOneProcess(f"{name} is used more often than in one process")

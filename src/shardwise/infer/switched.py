@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 
 from torch import nn
@@ -12,25 +12,26 @@ from shardwise.spec import Rule
 _HEADS = "num_attention_heads"
 
 
-def switched(model: nn.Module, run: nn.Module, rules: Iterable[Rule]) -> list[Rule]:
-    """`rules`, such that modules of `model` that are others in `run`, which is the same after a forward pass, keep their local
-    numbers when they are exchanged.
-    """
+def exchanged(model: nn.Module, run: nn.Module) -> frozenset[str]:
+    """The names of the modules of `model` that are others in `run`, which is the same after a forward pass."""
+    owners = {f"{name}." for name, module in model.named_modules() if hasattr(module, "set_attention_type")}
+    there = dict(run.named_modules())
+    found = ((name, type(module)) for name, module in model.named_modules() if f"{name.rpartition('.')[0]}." in owners)
+    return frozenset(name for name, kind in found if name in there and type(there[name]) is not kind)
+
+
+def switched(model: nn.Module, names: Collection[str], rules: Iterable[Rule]) -> list[Rule]:
+    """`rules`, such that the modules `names` of `model`, which are `exchanged`, keep their local numbers then."""
     found = []
     for rule in rules:
         owner = rule.pattern.rpartition(".")[0]
-        if not rule.attributes or not _is_exchanged(model, run, rule.pattern):
+        if not rule.attributes or rule.pattern not in names:
             found.append(rule)
             continue
         attributes = {**_local_heads(model.get_submodule(rule.pattern), rule), **rule.attributes}
         found.append(replace(rule, style="block_heads", attributes=attributes))
         found.append(Rule(owner, "switched_attention", "inferred", reason="its attention is another one for short texts"))
     return found
-
-
-def _is_exchanged(model: nn.Module, run: nn.Module, name: str) -> bool:
-    owner = model.get_submodule(name.rpartition(".")[0])
-    return hasattr(owner, "set_attention_type") and type(model.get_submodule(name)) is not type(run.get_submodule(name))
 
 
 def _local_heads(module: nn.Module, rule: Rule) -> dict[str, tuple[int, ...]]:
