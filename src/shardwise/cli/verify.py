@@ -14,7 +14,7 @@ import shardwise
 from shardwise.cli.app import app
 from shardwise.cli.rules import HELP, read_rules
 from shardwise.verify.settings import DTYPES
-from shardwise.verify.show import WIDTH, renderable
+from shardwise.verify.show import WIDTH, findings, heading
 
 
 @app.command()
@@ -41,8 +41,11 @@ def verify(
 ) -> None:
     """Compare a model on several ranks with one process, and find where they first differ.
 
-    Logits, loss, every gradient, generated tokens, saved bytes, replicas. Exit code 0 only when everything holds.
+    First the plan is proven in one process, part by part. Then, on the ranks: logits, loss, every gradient, generated tokens,
+    saved bytes, replicas. Exit code 0 only when everything holds.
     """
+    console = Console(highlight=False)
+    console = console if console.is_terminal else Console(highlight=False, width=WIDTH)
     result = shardwise.verify(
         model,
         tp,
@@ -57,11 +60,10 @@ def verify(
         sequence=sequence,
         imports=imports or (),
         timeout=timeout,
+        on_proof=lambda known: console.print(heading(known), ""),
     )
     if int(os.environ.get("RANK", "0")) == 0:
-        console = Console(highlight=False)
-        console = console if console.is_terminal else Console(highlight=False, width=WIDTH)
-        console.print(renderable(result))
+        console.print(findings(result))
         if html is not None:
             html.write_text(result.to_html(), encoding="utf-8")
             typer.echo(f"Written to {html}.")

@@ -7,7 +7,8 @@
 | `islands`, `blocks` | what falls apart into components: heads, KV groups, channels; the same among blocks and samples |
 | `known`, `twins` | modules that are dealt as we know (state-space mixers, recurrent units); layers tied to others |
 | `layouts`, `proposals`, `ends` | components as blocks, islands as rules, and the vocabulary |
-| `simulate`, `compare` | every rank on a thread, and the figures |
+| `simulate`, `compare`, `proof` | every rank on a thread, and the figures |
+| `parts` | a plan taken apart, for what is wrong in it |
 | `given` | products whose weights are too large to be made: what comes out of them is given |
 | `search`, `choose`, `lift` | what modules need besides cut weights; what passes; and for all layers |
 | `plan`, `prove` | what is called |
@@ -17,9 +18,21 @@
 """
 
 from shardwise.infer.choose import Inference
-from shardwise.infer.compare import Proof
 from shardwise.infer.plan import infer, infer_plan
-from shardwise.infer.prove import prove
+from shardwise.infer.proof import Island, Proof
+from shardwise.infer.prove import examine, facts, prove
 from shardwise.infer.unknown import LEAST, cut_share, plan_unknown
 
-__all__ = ["LEAST", "Inference", "Proof", "cut_share", "infer", "infer_plan", "plan_unknown", "prove"]
+__all__ = [
+    "LEAST",
+    "Inference",
+    "Island",
+    "Proof",
+    "cut_share",
+    "examine",
+    "facts",
+    "infer",
+    "infer_plan",
+    "plan_unknown",
+    "prove",
+]

@@ -9,9 +9,9 @@ from functools import cached_property
 from torch import nn
 
 from shardwise.errors import PlanError
-from shardwise.infer.compare import Proof
 from shardwise.infer.ends import gathered
 from shardwise.infer.lift import lifted
+from shardwise.infer.proof import Proof
 from shardwise.infer.proposals import Proposal
 from shardwise.infer.search import Patch, patched, patches
 from shardwise.infer.simulate import Reference, check

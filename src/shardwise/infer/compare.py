@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from shardwise.infer.given import Given, Met, Replay
+from shardwise.infer.proof import Proof
 from shardwise.plan import Plan
 from shardwise.spec import ShardSpec
 
@@ -17,35 +18,6 @@ OUTPUTS = 1e-4
 GRADIENTS = 1e-3
 """Relative to the largest of each parameter; a part that is not summed, or summed twice, is off by as much as itself."""
 _NOISE = 1e-3
-
-
-@dataclass(frozen=True)
-class Proof:
-    """What a plan was found to compute, beside the model as it is.
-
-    Args:
-        size: ranks that were simulated.
-        outputs: the largest error of an output, relative to the largest value.
-        gradients: the largest error of a parameter's gradient, relative to that parameter's largest.
-        worst: that parameter.
-        problem: what is wrong, in words; None of a plan that is right.
-        tried: on what it was found, in words.
-    """
-
-    size: int
-    outputs: float
-    gradients: float
-    worst: str
-    problem: str | None = None
-    tried: str = ""
-
-    def __bool__(self) -> bool:
-        return self.problem is None
-
-    @classmethod
-    def failed(cls, size: int, problem: str) -> Proof:
-        """Of a plan that does not even run."""
-        return cls(size, float("inf"), float("inf"), "", problem)
 
 
 @dataclass
@@ -57,38 +29,50 @@ class Run:
         modules: of the first micro-batch, the outputs of its modules, in the order in which they were done.
         gradients: after all of them, by parameter.
         products: of each micro-batch, those with weights that have no values.
+        running: the modules that are at work, the innermost last: where one raises, it stays.
     """
 
     outputs: list[Tensor] = field(default_factory=list)
     modules: dict[str, Tensor] = field(default_factory=dict)
     gradients: dict[str, Tensor | None] = field(default_factory=dict)
     products: list[Given | Replay] = field(default_factory=list)
+    running: list[str] = field(default_factory=list)
 
 
 def compare(reference: Run, plan: Plan, ranks: Sequence[Run]) -> Proof:
     """The proof of `plan`, of which each of its ranks had its run."""
-    outputs, problem = 0.0, None
+    outputs, problem, place = 0.0, None, ""
     for rank, run in enumerate(ranks):
         if len(run.outputs) != len(reference.outputs):
             return Proof.failed(plan.size, f"rank {rank} returns {len(run.outputs)} outputs, not {len(reference.outputs)}")
         if left := next((left for one in run.products if isinstance(one, Replay) for left in one.left()), None):
             return Proof.failed(plan.size, f"rank {rank} does not use {left} as often as one process does")
         error = max((_error(a, e) for a, e in zip(run.outputs, reference.outputs, strict=True)), default=0.0)
-        if not error < OUTPUTS and problem is None:
-            problem = f"outputs on rank {rank} are off by {error:.1e}{_first_difference(run.modules, reference.modules)}"
         inside, name = max(((one.error, one.worst) for one in run.products if isinstance(one, Replay)), default=(0.0, ""))
-        if not inside < OUTPUTS and problem is None:
-            before = _first_difference(run.modules, reference.modules)
-            problem = f"what {name} is given on rank {rank} is off by {inside:.1e}{before}"
+        if problem is None and not (error < OUTPUTS and inside < OUTPUTS):
+            what = f"outputs on rank {rank} are" if not error < OUTPUTS else f"what {name} is given on rank {rank} is"
+            place, before = _first_difference(run.modules, reference.modules)
+            problem = f"{what} off by {error if not error < OUTPUTS else inside:.2g}{before}"
         outputs = max(outputs, error, inside)
-    gradients, worst = max((*_parameter_errors(reference, plan, ranks), *_product_errors(reference, ranks)), default=(0.0, ""))
+    errors = _largest((*_parameter_errors(reference, plan, ranks), *_product_errors(reference, ranks)))
+    gradients, worst = max(((error, name) for name, error in errors.items()), default=(0.0, ""))
     if problem is None and not gradients < GRADIENTS:
-        problem = f"the gradient of {worst} is off by {gradients:.1e} of its largest value"
-    return Proof(plan.size, outputs, gradients, worst, problem)
+        # What is wrong in one part is so in all that backward reaches from it: parts in front of it.
+        place = [name for name in reference.gradients if not errors.get(name, 0.0) < GRADIENTS][-1]
+        problem = f"the gradient of {place} is off by {errors[place]:.2g} of its largest value"
+    return Proof(plan.size, outputs, gradients, worst, problem, place=place, errors=errors)
+
+
+def _largest(errors: Iterable[tuple[float, str]]) -> dict[str, float]:
+    """The largest of each name."""
+    found: dict[str, float] = {}
+    for error, name in errors:
+        found[name] = max(error, found.get(name, 0.0))
+    return found
 
 
 def _parameter_errors(reference: Run, plan: Plan, ranks: Sequence[Run]) -> Iterator[tuple[float, str]]:
-    largest = max((g.abs().max().item() for g in reference.gradients.values() if g is not None and g.numel()), default=0.0)
+    largest = max((_size(gradient) for gradient in reference.gradients.values() if gradient is not None), default=0.0)
     for rank, run in enumerate(ranks):
         for row in plan.tensors:
             if not row.buffer:
@@ -102,7 +86,7 @@ def _product_errors(reference: Run, ranks: Sequence[Run]) -> Iterator[tuple[floa
         if not isinstance(one, Given):
             continue
         expected = [torch.zeros_like(known.y) if known.y.grad is None else known.y.grad for known in one.known]
-        largest = max((gradient.abs().max().item() for gradient in expected if gradient.numel()), default=0.0)
+        largest = max(map(_size, expected), default=0.0)
         wanted = {id(known): gradient for known, gradient in zip(one.known, expected, strict=True)}
         met: dict[int, list[Met]] = {}
         for run in ranks:
@@ -112,9 +96,8 @@ def _product_errors(reference: Run, ranks: Sequence[Run]) -> Iterator[tuple[floa
         for key, parts in met.items():
             gradient, found = wanted[key], [part.gradient() for part in parts]
             found = [torch.stack(found).sum(0)] if parts[0].partial else found
-            scale = max(gradient.abs().max().item() if gradient.numel() else 0.0, largest * _NOISE)
-            for actual in found if scale else ():
-                yield ((actual - gradient).abs().max() / scale).nan_to_num(float("inf")).item(), parts[0].known.product.weight
+            scale = max(_size(gradient), largest * _NOISE)
+            yield from ((_apart(actual, gradient, scale), parts[0].known.product.weight) for actual in found)
 
 
 def _gradient_error(
@@ -128,25 +111,31 @@ def _gradient_error(
     mine = row.layout.shard(expected, *plan.place(row, rank))
     if actual is None:
         return float("inf") if bool(mine.any()) else 0.0
-    scale = max(expected.abs().max().item(), largest * _NOISE) if expected.numel() else 1.0
-    return (actual - mine).abs().max().item() / scale if mine.numel() and scale else 0.0
+    return _apart(actual, mine, max(_size(expected), largest * _NOISE))
 
 
-def _first_difference(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+def _first_difference(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple[str, str]:
+    """The module whose output is the first to differ, and that in words."""
     for name, value in expected.items():
         if name in actual and actual[name].shape == value.shape and not _error(actual[name], value) < OUTPUTS:
-            return f", first behind {name or 'the model itself'} ({_error(actual[name], value):.1e})"
-    return ""
+            return name, f", first behind {name or 'the model itself'} ({_error(actual[name], value):.2g})"
+    return "", ""
 
 
 def _error(actual: Tensor, expected: Tensor) -> float:
-    if actual.shape != expected.shape:
-        return float("inf")
-    if not expected.numel():
-        return 0.0
-    expected, actual = expected.double(), actual.double()
+    return _apart(actual, expected, max(_size(expected), 1e-6))
+
+
+def _apart(actual: Tensor, expected: Tensor, scale: float) -> float:
+    """The largest difference, relative to `scale`; infinite where shapes differ, or where one alone is no number."""
     finite = expected.isfinite()
-    if not torch.equal(actual.isfinite(), finite):
+    if actual.shape != expected.shape or not torch.equal(actual.isfinite(), finite):
         return float("inf")
-    scale = max(expected[finite].abs().max().item(), 1e-6) if bool(finite.any()) else 1.0
-    return (actual - expected)[finite].abs().max().item() / scale if bool(finite.any()) else 0.0
+    largest = _size((actual.double() - expected.double())[finite])
+    return largest / scale if scale else float("inf") if largest else 0.0
+
+
+def _size(tensor: Tensor) -> float:
+    """The largest absolute value of those that are finite."""
+    finite = tensor[tensor.isfinite()]
+    return finite.abs().max().item() if finite.numel() else 0.0

@@ -1,15 +1,16 @@
-"""Whether a plan is right, for whoever has one."""
+"""Whether a plan is right, for whoever has one; and of a wrong one, which part of it."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
 
 from torch import nn
 
 from shardwise.errors import PlanError, describe
 from shardwise.hf import Feed, layer_of
-from shardwise.infer.compare import Proof
+from shardwise.infer.parts import Part, only, parts_of
+from shardwise.infer.proof import Island, Proof
 from shardwise.infer.simulate import Reference, check
 from shardwise.infer.subject import subject
 from shardwise.plan import Plan
@@ -30,19 +31,60 @@ def prove(plan: Plan, model: nn.Module, example_inputs: Feed | Sequence[Feed] | 
 
     Raises `PlanError` for a plan that is wrong, with the module, the parameter and the figure.
     """
+    proof = examine(plan, model, example_inputs)
+    if proof.problem is not None:
+        raise PlanError(describe(f"The plan is wrong: {proof.problem}.", **facts(proof)))
+    return proof
+
+
+def examine(plan: Plan, model: nn.Module, example_inputs: Feed | Sequence[Feed] | None = None) -> Proof:
+    """As `prove`, with what was found of each part of the plan, and also of a wrong one.
+
+    Raises `PlanError` where nothing can be tried: for lack of inputs, or where experts are dealt to more ranks.
+    """
     if plan.ep_size != plan.size:
         raise PlanError(f"The plan deals experts to {plan.ep_size} ranks, which is not simulated: prove one without ep_size.")
     tried = subject(model, example_inputs, _cuts(plan))
-    proof = check(Reference.of(tried), _of_the_same(plan, model, tried.model))
-    if proof.problem is not None:
-        raise PlanError(
-            describe(
-                f"The plan is wrong: {proof.problem}.",
-                ranks=str(plan.size),
-                either=["another plan, or", "replicate for what is named"],
-            )
-        )
-    return replace(proof, tried=tried.words)
+    reference, table = Reference.of(tried), _of_the_same(plan, model, tried.model)
+    proof = check(reference, table)
+    return replace(proof, tried=tried.words, islands=tuple(_islands(plan, reference, table, proof)))
+
+
+def facts(proof: Proof) -> dict[str, str | list[str]]:
+    """What is known of a wrong plan besides its problem, and the ways out, for `describe`."""
+    wrong = [island for island in proof.islands if island.problem is not None]
+    yours = list(dict.fromkeys(rule for island in wrong for rule in island.yours))
+    ways = [f"leave out your rule {rule}, or" for rule in yours] or ['another plan, such as tp_plan="infer", or']
+    found: dict[str, str | list[str]] = {"ranks": str(proof.size)}
+    if wrong:
+        found |= {"wrong": [f"{island.name} ({island.styles})" for island in wrong]}
+        right = [island.name for island in proof.islands if island.problem is None]
+        found |= {"right": right} if right else {}
+    return found | {"either": [*ways, "replicate for what is named"]}
+
+
+def _islands(plan: Plan, reference: Reference, table: Plan, proof: Proof) -> Iterator[Island]:
+    """What was found of each part of `plan`, of which `table` has the rows that were tried."""
+    parts = parts_of(plan)
+    for part, own in zip(parts, _apart(reference, table, parts, proof), strict=True):
+        errors = [(error, name) for name, error in own.errors.items() if name in part]
+        gradients, worst = max(errors, default=(own.gradients if own.problem else 0.0, own.worst))
+        yours = tuple(f"{rule.pattern}: {rule.style}" for rule in part.rules if rule.source == "user")
+        yield Island(part.name, part.count, part.styles, yours, gradients, worst, own.problem)
+
+
+def _apart(reference: Reference, plan: Plan, parts: Sequence[Part], proof: Proof) -> list[Proof]:
+    """The proof of each part: of a right plan, the plan's. Of a wrong one that part is tried first to be computed whole where
+    the first error is; if it is not all that is wrong, each part is tried alone.
+    """
+    if proof:
+        return [proof] * len(parts)
+    guessed = [part for part in parts if proof.place and proof.place in part]
+    if guessed:
+        others = check(reference, only(plan, [part for part in parts if part not in guessed]))
+        if others:
+            return [proof if part in guessed else others for part in parts]
+    return [check(reference, only(plan, [part])) for part in parts]
 
 
 def _cuts(plan: Plan) -> dict[str, Hashable]:

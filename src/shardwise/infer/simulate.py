@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from shardwise.hf import Feed
-from shardwise.infer.compare import Proof, Run, compare
+from shardwise.infer.compare import Run, compare
 from shardwise.infer.feeds import floats
-from shardwise.infer.given import Given, Replay
+from shardwise.infer.given import Given, Replay, UnlikeOneProcess
 from shardwise.infer.products import tensors
+from shardwise.infer.proof import Proof
 from shardwise.infer.subject import Subject
 from shardwise.model_state import ModelState
 from shardwise.parallelize import apply_plan
@@ -47,7 +48,7 @@ class Reference:
     def of(cls, tried: Subject) -> Reference:
         """Of a model that is not parallel."""
         model, feeds = tried.model, tuple(tried.feeds)
-        run = _measure(model, feeds, lambda number: Given(dict(model.named_parameters())))
+        run = _measure(model, feeds, lambda number: Given(dict(model.named_parameters())), Run())
         model.zero_grad()
         return cls(model, feeds, run)
 
@@ -61,6 +62,8 @@ def check(reference: Reference, plan: Plan) -> Proof:
 
 
 def _run(reference: Reference, plan: Plan) -> Proof:
+    runs = [Run() for _ in range(plan.size)]
+
     def on_rank() -> Run:
         mesh = init_device_mesh("cpu", (plan.size,), mesh_dim_names=("tp",))
         rank = mesh.get_local_rank()
@@ -72,7 +75,7 @@ def _run(reference: Reference, plan: Plan) -> Proof:
         apply_plan(model, ModelState(plan, mesh, mesh), shard)
         parameters = dict(model.named_parameters())
         known = [run.known for run in reference.run.products if isinstance(run, Given)]
-        return _measure(model, reference.feeds, lambda number: Replay(parameters, known[number], plan, rank))
+        return _measure(model, reference.feeds, lambda number: Replay(parameters, known[number], plan, rank), runs[rank])
 
     # No rank needs a copy of what it takes its shards from.
     shared = {id(tensor): tensor for tensor in (*reference.model.parameters(), *reference.model.buffers())}
@@ -82,8 +85,10 @@ def _run(reference: Reference, plan: Plan) -> Proof:
         return compare(reference.run, plan, ranks)
     except RankError as error:
         cause = error.__cause__ or error
+        place = next(iter(runs[error.rank].running[-1:]), "")
         said = (str(cause).splitlines() or [""])[0]
-        return Proof.failed(plan.size, f"{type(cause).__name__}: {said}")
+        said = said if isinstance(cause, UnlikeOneProcess) else f"{type(cause).__name__}: {said}"
+        return Proof.failed(plan.size, f"{said}, in {place}" if place else said, place)
     except RankTimeoutError:
         return Proof.failed(plan.size, f"not done in {TIMEOUT:.0f} seconds")
 
@@ -94,11 +99,10 @@ def _states(model: nn.Module) -> Iterator[Tensor]:
         yield from (value for value in vars(module).values() if isinstance(value, Tensor) and not value.is_leaf)
 
 
-def _measure(model: nn.Module, feeds: Sequence[Feed], products: Callable[[int], Given | Replay]) -> Run:
-    run = Run()
+def _measure(model: nn.Module, feeds: Sequence[Feed], products: Callable[[int], Given | Replay], run: Run) -> Run:
     for number, feed in enumerate(feeds):
         seen = products(number)
-        with _recorded(model, run.modules), warnings.catch_warnings():
+        with _recorded(model, run), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             values = floats(model, feed, seen)
         run.products.append(seen)
@@ -113,18 +117,24 @@ def _measure(model: nn.Module, feeds: Sequence[Feed], products: Callable[[int], 
 
 
 @contextmanager
-def _recorded(model: nn.Module, seen: dict[str, Tensor]) -> Iterator[None]:
-    """Keep the first output of each module, once."""
+def _recorded(model: nn.Module, run: Run) -> Iterator[None]:
+    """Keep the first output of each module, once, and which are at work."""
 
-    def keep(name: str) -> Callable[..., None]:
+    def start(name: str) -> Callable[..., None]:
+        return lambda module, args: run.running.append(name)
+
+    def end(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: object, output: object) -> None:
+            while run.running.pop() != name:
+                pass
             first = next(tensors(output), None)
-            if name not in seen and first is not None and first.is_floating_point():
-                seen[name] = first.detach().clone()
+            if name not in run.modules and first is not None and first.is_floating_point():
+                run.modules[name] = first.detach().clone()
 
         return hook
 
-    handles = [module.register_forward_hook(keep(name)) for name, module in model.named_modules()]
+    handles = [module.register_forward_pre_hook(start(name)) for name, module in model.named_modules()]
+    handles += [module.register_forward_hook(end(name)) for name, module in model.named_modules()]
     try:
         yield
     finally:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from shardwise.api import make_plan
 from shardwise.hf import build_on_meta
+from shardwise.infer import Proof
 from shardwise.plan import Plan
 from shardwise.spec import ModuleSpec, ShardSpec
 from shardwise.verify.arrange import Same
@@ -16,10 +19,34 @@ from shardwise.verify.compare import saved_tensor
 from shardwise.verify.diagnose import hypotheses, ranked, tried
 from shardwise.verify.locate import BACKWARD, Difference, apart
 from shardwise.verify.one import saved_by_one
+from shardwise.verify.proven import it_is_the_plan, what_is_left
 from shardwise.verify.record import Key
 from shardwise.verify.result import Culprit, Hypothesis, Verification
 from shardwise.verify.search import find_culprit, rule_of
 from shardwise.verify.settings import Settings
+
+
+def before_ranks(settings: Settings, plan: Plan, proof: Proof | str) -> Verification:
+    """What is known before ranks start: no checks, the proof of the plan, or why there is none."""
+    notes = () if isinstance(proof, Proof) else (f"The plan is not proven in one process: {proof}",)
+    return Verification(
+        title=_title(settings),
+        facts=tuple(_facts(settings, plan)),
+        checks=(),
+        notes=notes,
+        proof=replace(proof, errors={}) if isinstance(proof, Proof) else None,
+    )
+
+
+def with_proof(settings: Settings, result: Verification, known: Verification) -> Verification:
+    """What the ranks found, with what was known before they started, and what that says of the culprit."""
+    proof, blame = known.proof, ""
+    if proof is not None and not proof:
+        blame = it_is_the_plan(proof)
+    elif proof is not None and not result.passed:
+        blame = what_is_left(proof, result.culprit.module if result.culprit else "", settings)
+    seconds = result.seconds + known.seconds
+    return replace(result, proof=proof, blame=blame, notes=(*known.notes, *result.notes), seconds=seconds)
 
 
 def verify_on_ranks(settings: Settings) -> Verification | None:
@@ -35,8 +62,8 @@ def verify_on_ranks(settings: Settings) -> Verification | None:
     if culprit is None and number[0] is None and found.saved:
         culprit = _saved(settings, found.saved)
     return Verification(
-        title=f"{settings.model} on {settings.world} ranks beside one process",
-        facts=tuple(_facts(settings)),
+        title=_title(settings),
+        facts=tuple(_facts(settings, _plan(settings))),
         checks=tuple(make_checks(settings, found)),
         culprit=culprit,
         notes=tuple(_notes(settings, found, culprit, number[0])),
@@ -53,7 +80,11 @@ def _micro_batch_to_search(found: Findings) -> int | None:
     return 0 if any(name.startswith("gradient") for name in found.replicas) else None
 
 
-def _facts(settings: Settings) -> list[tuple[str, str]]:
+def _title(settings: Settings) -> str:
+    return f"{settings.model} on {settings.world} ranks beside one process"
+
+
+def _facts(settings: Settings, plan: Plan) -> list[tuple[str, str]]:
     subject = settings.subject()
     random = ", random weights" if subject.path is None else ""
     layers = f", {settings.layers} layers" if settings.layers is not None else ""
@@ -67,7 +98,7 @@ def _facts(settings: Settings) -> list[tuple[str, str]]:
     return [
         ("model", f"{subject.config.model_type}{layers}{random}, {settings.dtype}"),
         ("ranks", ", ".join([f"tp={settings.tp}{experts}", *extra])),
-        ("plan", _whose(_plan(settings))),
+        ("plan", _whose(plan)),
         ("inputs", f"{inputs}; dropout off"),
     ]
 

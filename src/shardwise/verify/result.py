@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from shardwise.infer import Island, Proof
 from shardwise.verify.show import page, report
 
 Phase = Literal["forward", "backward", "generate", "save"]
@@ -109,6 +110,8 @@ class Verification:
         culprit: where something differs, and could be found.
         notes: what to know about the numbers.
         seconds: that it took.
+        proof: of the plan, every rank simulated in one process before ranks were started; None where that could not be done.
+        blame: where something differs, whether it is the plan, in a sentence.
     """
 
     title: str
@@ -117,11 +120,13 @@ class Verification:
     culprit: Culprit | None = None
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
+    proof: Proof | None = None
+    blame: str = ""
 
     @property
     def passed(self) -> bool:
-        """Whether every check holds."""
-        return all(check.passed for check in self.checks)
+        """Whether every check holds, and the plan is right."""
+        return all(check.passed for check in self.checks) and (self.proof is None or bool(self.proof))
 
     @property
     def failed(self) -> Sequence[Check]:
@@ -155,8 +160,16 @@ class Verification:
                 "checks": tuple(Check(**{k: v for k, v in check.items() if k != "passed"}) for check in values["checks"]),
                 "culprit": _culprit(values["culprit"]),
                 "notes": tuple(values["notes"]),
+                "proof": _proof(values["proof"]),
             }
         )
+
+
+def _proof(values: dict[str, Any] | None) -> Proof | None:
+    if values is None:
+        return None
+    islands = tuple(Island(**{**island, "yours": tuple(island["yours"])}) for island in values["islands"])
+    return Proof(**{**values, "islands": islands})
 
 
 def _culprit(values: dict[str, Any] | None) -> Culprit | None:

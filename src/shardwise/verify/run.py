@@ -6,7 +6,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,12 +21,14 @@ from shardwise.hf import build_on_meta
 from shardwise.launch import launched, run_as_ranks
 from shardwise.layers.registry import registered_style
 from shardwise.mesh import tp_mesh
+from shardwise.plan import Plan
 from shardwise.quiet import quiet
 from shardwise.rendezvous import meet_ranks
 from shardwise.sequence import with_sequence
-from shardwise.verify.judge import verify_on_ranks
+from shardwise.verify.judge import before_ranks, verify_on_ranks, with_proof
 from shardwise.verify.load import import_styles
 from shardwise.verify.one import in_own_process
+from shardwise.verify.proven import prove_plan
 from shardwise.verify.result import Verification
 from shardwise.verify.settings import Settings
 
@@ -54,16 +56,18 @@ def verify(
     seed: int = 0,
     imports: Sequence[str] = (),
     timeout: float = 900.0,
+    on_proof: Callable[[Verification], None] | None = None,
 ) -> Verification:
     """Compare a model on several ranks with the same model in one process, and find where they first differ.
 
         result = shardwise.verify("path/to/model", tp_size=2)
         assert result.passed, result
 
-    Compared are logits and loss of each micro-batch, every gradient after each of them (they accumulate), greedy tokens, what
-    `save_pretrained` writes, and what the ranks hold in common. Starts its own ranks; where torchrun has started this
-    process, these are the ranks, every one must make the call, and each gets the result. The one process always is one of its
-    own, so that no process holds more than its part beside the gathered gradients of the first rank.
+    First the plan is proven in one process, see `shardwise.prove`; a wrong one is a finding like others, and the ranks run all
+    the same. Compared are logits and loss of each micro-batch, every gradient after each of them (they accumulate), greedy
+    tokens, what `save_pretrained` writes, and what the ranks hold in common. Starts its own ranks; where torchrun has started
+    this process, these are the ranks, every one must make the call, and each gets the result. The one process always is one of
+    its own, so that no process holds more than its part beside the gathered gradients of the first rank.
 
     Args:
         model: a directory, a hub id, with `random` a model type; or an ordinary transformers model in memory.
@@ -81,6 +85,8 @@ def verify(
         imports: modules, or files that end in .py, that register parallel styles, for the processes that are started. Modules
             in which styles were registered in this process are among them by themselves.
         timeout: seconds until ranks that still run are ended.
+        on_proof: is called before ranks start, with what is known by then: the facts and the proof; under torchrun on the
+            first rank.
 
     Raises `PlanError` for a plan that cannot be carried out, other `ShardwiseError`s for a model that is not there, and
     `WorkerError` for a rank that failed in a way that is no finding. What differs is no error: see `Verification`.
@@ -109,11 +115,14 @@ def verify(
             timeout=timeout,
         )
         with quiet():
-            return _as_rank(settings) if launched() or dist.is_initialized() else _with_own_ranks(settings)
+            run = _as_rank if launched() or dist.is_initialized() else _with_own_ranks
+            return run(settings, on_proof or (lambda found: None))
 
 
-def check(settings: Settings) -> None:
-    """Raise what is wrong with the settings, before any process is started or any weight is read."""
+def check(settings: Settings) -> tuple[nn.Module, Plan]:
+    """Raise what is wrong with the settings, before any process is started or any weight is read. The model on meta, and its
+    plan.
+    """
     import_styles(settings)
     settings.check_dtype()
     if settings.world < 2:
@@ -124,6 +133,16 @@ def check(settings: Settings) -> None:
     table = make_plan(model, settings.tp, settings.plan, ep_size=settings.ep)
     if settings.sequence_parallel:
         with_sequence(model, table)
+    return model, table
+
+
+def _proven(settings: Settings, model: nn.Module, table: Plan, on_proof: Callable[[Verification], None]) -> Verification:
+    """What is known before ranks start."""
+    began = time.monotonic()
+    proof = prove_plan(settings, model, table)
+    known = before_ranks(settings, table, proof)
+    on_proof(known)
+    return replace(known, seconds=time.monotonic() - began)
 
 
 def run_rank(settings: Settings) -> Verification:
@@ -148,15 +167,16 @@ def leave_result(settings: Settings, result: Verification) -> None:
     (Path(settings.folder) / _RESULT).write_text(result.to_json(), encoding="utf-8")
 
 
-def _with_own_ranks(settings: Settings) -> Verification:
-    check(settings)
+def _with_own_ranks(settings: Settings, on_proof: Callable[[Verification], None]) -> Verification:
+    known = _proven(settings, *check(settings), on_proof)
     settings = replace(settings, styles=_styles(settings))
     command = [sys.executable, "-m", "shardwise.verify", "rank", settings.to_json()]
     run_as_ranks(command, settings.world, timeout=settings.timeout, environment=_devices(settings.world), show=False)
-    return Verification.from_json((Path(settings.folder) / _RESULT).read_text(encoding="utf-8"))
+    result = Verification.from_json((Path(settings.folder) / _RESULT).read_text(encoding="utf-8"))
+    return with_proof(settings, result, known)
 
 
-def _as_rank(settings: Settings) -> Verification:
+def _as_rank(settings: Settings, on_proof: Callable[[Verification], None]) -> Verification:
     world = dist.get_world_size() if dist.is_initialized() else int(os.environ["WORLD_SIZE"])
     if world != settings.world:
         raise MeshError(
@@ -168,10 +188,13 @@ def _as_rank(settings: Settings) -> Verification:
     tp_mesh(settings.tp, None, settings.ep)
     shared = [settings]
     dist.broadcast_object_list(shared, 0)  # the first rank's folder, with what is in it, which all see on one host
-    check(shared[0])
+    model, table = check(shared[0])
+    known = [_proven(shared[0], model, table, on_proof) if dist.get_rank() == 0 else None]
     result = run_rank(shared[0])
+    dist.broadcast_object_list(known, 0)
     dist.barrier()  # the first rank takes the folder away
-    return result
+    assert known[0] is not None
+    return with_proof(shared[0], result, known[0])
 
 
 def _size(tp_size: int | None, ep_size: int | None) -> int:

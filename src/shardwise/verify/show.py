@@ -10,8 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from shardwise.report import Page, Section, as_text
+from shardwise.verify.proven import wrong_plan
 
 if TYPE_CHECKING:
+    from shardwise.infer import Island, Proof
     from shardwise.verify.result import Check, Culprit, Verification
 
 WIDTH = 100
@@ -23,12 +25,24 @@ def report(result: Verification) -> str:
 
 
 def renderable(result: Verification) -> RenderableType:
-    """The report for a console: checks, verdict, and where something differs, the culprit."""
+    """The report for a console: what is known before ranks start, and what they found."""
+    return Group(heading(result), "", findings(result))
+
+
+def heading(result: Verification) -> RenderableType:
+    """What was verified, and the proof of the plan."""
     facts = Table.grid(padding=(0, 2))
     for name, value in result.facts:
         facts.add_row(Text(name, "dim"), Text(value))
-    parts: list[RenderableType] = [Text.assemble(("shardwise verify  ", "bold"), result.title), facts, "", _checks(result), ""]
-    parts.append(_verdict(result))
+    parts: list[RenderableType] = [Text.assemble(("shardwise verify  ", "bold"), result.title), facts]
+    return Group(*parts, *(() if result.proof is None else ("", _islands(result.proof), _proven(result.proof))))
+
+
+def findings(result: Verification) -> RenderableType:
+    """What the ranks found: checks, verdict, and where something differs, the culprit."""
+    parts: list[RenderableType] = [_checks(result), "", _verdict(result)]
+    if result.blame:
+        parts.append(Text(result.blame, "bold"))
     parts += [Text(note, "dim") for note in result.notes]
     if result.culprit is not None:
         parts += ["", _culprit(result.culprit)]
@@ -47,11 +61,14 @@ def page(result: Verification) -> Page:
     for check in result.checks:
         reasons.setdefault(check.reason, []).append(check.name.partition(",")[0])
     why = "\n".join(f"{', '.join(dict.fromkeys(names))}: {reason}." for reason, names in reasons.items())
+    if result.proof is not None:
+        sections.append(_proof_section(result.proof))
     sections.append(Section("Checks", why, ("", "check", "measured", "at most", "", "where"), rows))
     sections.append(Section("What was verified", "", ("", ""), result.facts))
     if result.notes:
         sections.append(Section("To know", "\n".join(result.notes)))
-    return Page(f"shardwise verify: {result.title}", _verdict(result).plain, result.passed, sections)
+    verdict = " ".join(filter(None, (_verdict(result).plain, result.blame)))
+    return Page(f"shardwise verify: {result.title}", verdict, result.passed, sections)
 
 
 def number(value: float | None) -> str:
@@ -63,6 +80,44 @@ def number(value: float | None) -> str:
     if value == 0 or (float(value).is_integer() and abs(value) < 1e6):
         return f"{value:g}"
     return f"{value:.2f}" if 0.1 <= abs(value) < 1000 else f"{value:.1e}"
+
+
+def _islands(proof: Proof) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("")
+    table.add_column("island", overflow="fold")
+    table.add_column("", justify="right", no_wrap=True)
+    table.add_column("gradients", justify="right", no_wrap=True)
+    table.add_column("styles", overflow="fold", style="dim")
+    for island in proof.islands:
+        mark = Text("✓", "green") if island.problem is None else Text("✗", "bold red")
+        table.add_row(mark, *_cells(island), island.styles)
+    return table
+
+
+def _cells(island: Island) -> tuple[str, str, str]:
+    """Its name, how many layers have it, and the largest error of a gradient."""
+    error = number(island.gradients) if math.isfinite(island.gradients) else "-"
+    return island.name, f"x {island.count}" if island.count > 1 else "", error
+
+
+def _proven(proof: Proof) -> Text:
+    if proof:
+        return Text.assemble(("The plan is proven in one process", "bold green"), f": {_errors(proof)}. Tried: {proof.tried}.")
+    others = [f"\n{i.name}: {i.problem}." for i in proof.islands if i.problem not in (None, proof.problem)]
+    said = wrong_plan(proof).removeprefix("The plan is wrong")
+    return Text.assemble(("The plan is wrong", "bold red"), said, *others)
+
+
+def _errors(proof: Proof) -> str:
+    return f"outputs within {number(proof.outputs)}, gradients within {number(proof.gradients)}"
+
+
+def _proof_section(proof: Proof) -> Section:
+    what = f"Every rank simulated in one process, forward and backward, before ranks were started: {proof.tried}."
+    rows = [("✓" if i.problem is None else "✗", *_cells(i), i.worst, i.styles) for i in proof.islands]
+    headings = ("", "island", "layers", "gradients", "the largest of", "styles")
+    return Section("The proof of the plan", f"{what}\n{_proven(proof).plain}", headings, rows)
 
 
 def _checks(result: Verification) -> Table:
@@ -83,6 +138,8 @@ def _verdict(result: Verification) -> Text:
     failed = len(result.failed)
     count = failed + sum(check.passed and check.measured is not None for check in result.checks)
     took = f", {result.seconds:.0f} s" if result.seconds else ""
+    if not failed and not result.passed:
+        return Text.assemble(("The plan is wrong", "bold red"), f", though all {count} checks hold{took}.")
     if not failed:
         return Text.assemble(
             (f"All {count} checks hold", "bold green"), f"{took}: the ranks compute what one process computes."
