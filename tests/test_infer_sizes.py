@@ -227,7 +227,9 @@ def test_one_layer_of_each_kind():
 def test_layer_that_is_cut_otherwise_is_tried():
     """Guards: a plan of which one layer in 32 is wrong, and the proof of another one's."""
     plan = shardwise.plan(AutoConfig.for_model("llama"), 2)
-    assert "1 of 32 layers" in plan.prove().tried
+    proof = plan.prove()
+    assert "1 of 32 layers" in proof.tried
+    assert [island.count for island in proof.islands] == [1, 32, 32, 1]
     name = "model.layers.5.self_attn"
     tensors = tuple(replace(row, layout=Sharded(0)) if row.name == f"{name}.k_proj.weight" else row for row in plan)
     assert "6 of 32 layers" in replace(plan, tensors=tensors).prove().tried  # as it was, in other words

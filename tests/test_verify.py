@@ -28,6 +28,7 @@ from shardwise.verify.compare import (
     token_differences,
 )
 from shardwise.verify.measure import Found, Generated
+from shardwise.verify.proven import island_of
 from shardwise.verify.result import Check, Culprit, Hypothesis
 from shardwise.verify.together import Raised, together
 from verified import search_here, verify_here
@@ -139,6 +140,10 @@ def test_fault_is_named(fault: str, pool2: RankPool) -> None:
     assert all(one.name.startswith("the rule ") for one in others), others
     assert next(iter(rules.values())) in culprit.style
     assert explanation in str(result)
+    assert result.proof is not None
+    wrong = [island for island in result.proof.islands if island.problem is not None]
+    assert wrong == [island_of(result.proof, culprit.module)]
+    assert result.blame.startswith(f"It is the plan, which is wrong in one process already, in {wrong[0].name}. Leave out")
 
 
 def test_checks_that_see_a_forgotten_norm(pool2: RankPool) -> None:
@@ -178,6 +183,8 @@ def test_sound_models_pass(model: str, options: dict[str, object], pool2: RankPo
     assert results[0].passed, str(results[0])
     assert results[0].culprit is None
     assert [str(result) for result in results] == [str(results[0])] * 2
+    assert results[0].blame == ""
+    assert results[0].proof
 
 
 @pytest.mark.parametrize("model", ["gpt2", "mixtral", "deepseek_v3", "jamba", "falcon"])
@@ -234,14 +241,20 @@ def test_as_a_user_runs_it(tmp_path: Path) -> None:
     done = command(*arguments)
     assert done.returncode == 1, done.stderr
     assert done.stderr == ""
-    assert "model.layers.0.mlp.down_proj  its output" in done.stdout
+    first, _, rest = done.stdout.partition("measured  at most")
+    assert "The plan is wrong in model.layers.*.mlp, in one process already: outputs on rank 0 are off by" in first
+    assert "✗  model.layers.*.mlp" in first
+    assert "It is the plan" in rest
+    assert "model.layers.0.mlp.down_proj  its output" in rest
     assert "It is a missing sum over the ranks." in done.stdout
     assert all(len(line) <= 100 for line in done.stdout.splitlines())
     assert "model.layers.0.mlp.down_proj" in page.read_text()
+    assert "The proof of the plan" in page.read_text()
     told = json.loads(numbers.read_text())
     assert told["passed"] is False
     assert told["culprit"]["module"] == "model.layers.0.mlp.down_proj"
     assert [check["name"] for check in told["checks"] if not check["passed"]]
+    assert [island["name"] for island in told["proof"]["islands"] if island["problem"]] == ["model.layers.*.mlp"]
 
 
 def test_from_a_plain_process_with_a_model_in_memory() -> None:
