@@ -100,16 +100,19 @@ def _states(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _measure(model: nn.Module, feeds: Sequence[Feed], products: Callable[[int], Given | Replay], run: Run) -> Run:
+    some_without_values = any(parameter.is_meta for parameter in model.parameters())
     for number, feed in enumerate(feeds):
-        seen = products(number)
+        seen = products(number) if some_without_values else None
         with _recorded(model, run), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             values = floats(model, feed, seen)
-        run.products.append(seen)
         run.outputs += [value.detach() for value in values]
         generator = torch.Generator().manual_seed(1)
         weights = [torch.randn(value.shape, generator=generator) for value in values]
-        total = sum(((value * weight).mean() for value, weight in zip(values, weights, strict=True)), seen.loss())
+        total = sum(((value * weight).mean() for value, weight in zip(values, weights, strict=True)), torch.zeros(()))
+        if seen is not None:
+            run.products.append(seen)
+            total = total + seen.loss()
         if total.requires_grad:
             total.backward()
     run.gradients = {name: p.grad for name, p in model.named_parameters()}
