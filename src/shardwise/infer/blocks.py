@@ -13,11 +13,12 @@ from shardwise.infer.products import Product
 from shardwise.infer.sampled import EVERY, NONE, Codes, Reads
 
 
-def islands_of(reads: Sequence[Reads], in_blocks: Callable[[Product], Reads]) -> Iterator[Island]:
+def islands_of(reads: Sequence[Reads], in_blocks: Callable[[Product], Reads], size: int = 1) -> Iterator[Island]:
     """The islands of a model, given what each of its products reads.
 
     Args:
         in_blocks: asks what a product reads again, all of its inputs, in blocks of some.
+        size: ranks, of which each is to have a component.
     """
     for group in together(reads):
         coded = [one.codes for one in group if one.codes is not None]
@@ -26,7 +27,7 @@ def islands_of(reads: Sequence[Reads], in_blocks: Callable[[Product], Reads]) ->
             yield found
             continue
         group = [in_blocks(one.product) if one.codes is not None else one for one in group]
-        for island in find_islands(group):
+        for island in find_islands(group, size):
             units = {one.product: one.unit for one in group}
             yield replace(
                 island,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +14,16 @@ from shardwise.infer.products import Product
 from shardwise.infer.sampled import Reads
 
 Owners = tuple[int, ...]
-"""Along one dim, which component each index belongs to; `EVERY` of those that all components need."""
+"""Along one dim, which component each index belongs to; `EVERY` of those that all components need, `of_group(g)` of those that
+the components of group `g` need."""
 
 EVERY = -1
+_FEW_CLASSES = 8
+
+
+def of_group(group: Any) -> Any:
+    """What stands for a group of components in place of a component's number; of an int or a tensor. It is its own inverse."""
+    return EVERY - 1 - group
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,8 @@ class Island:
         producers: the products whose outputs the components are computed from.
         sliced: parameters that are in no product of which each component has a part: the dim and the owners along it.
         shared: those that every component reads whole.
+        groups: into how many groups components fall that share some outputs, or parameters' parts: KV heads of which several
+            query heads read each; 0 where they share nothing, or the same with all.
     """
 
     count: int
@@ -35,6 +45,7 @@ class Island:
     producers: Mapping[Product, Owners]
     sliced: Mapping[str, tuple[int, Owners]] = field(default_factory=dict)
     shared: tuple[str, ...] = ()
+    groups: int = 0
 
     @property
     def products(self) -> tuple[Product, ...]:
@@ -42,10 +53,13 @@ class Island:
         return (*self.producers, *self.consumers)
 
 
-def find_islands(reads: Sequence[Reads]) -> Iterator[Island]:
-    """The islands of a model, given what each of its products reads; those that share a product are not separated here."""
+def find_islands(reads: Sequence[Reads], size: int = 1) -> Iterator[Island]:
+    """The islands of a model, given what each of its products reads; those that share a product are not separated here.
+
+    An island of fewer components than `size` is one of the parts of these, if they fall apart but for what they share.
+    """
     for group in together(reads):
-        island = _island(group)
+        island = _island(group, size)
         if island is not None:
             yield island
 
@@ -60,7 +74,7 @@ def together(reads: Sequence[Reads]) -> list[list[Reads]]:
     return groups
 
 
-def _island(group: list[Reads]) -> Island | None:
+def _island(group: list[Reads], size: int) -> Island | None:
     products = list(dict.fromkeys(product for reads in group for product in reads.outputs))
     widths = {product: next(r.outputs[product].shape[1] for r in group if product in r.outputs) for product in products}
     matrix = torch.cat([torch.cat([_outputs(reads, p, widths[p]) for p in products], 1) for reads in group])
@@ -69,7 +83,10 @@ def _island(group: list[Reads]) -> Island | None:
     if parts is None:
         return None
     rows, columns = parts
-    count = int(rows.max()) + 1
+    count, groups = int(rows.max()) + 1, 0
+    if count < size and (finer := _finer(matrix, kinds, rows, columns, size)) is not None:
+        groups, (rows, columns) = count, finer
+        count = int(rows.max()) + 1
     lengths = [widths[product] for product in products]
     used = matrix.any(0).split(lengths)
     owned = [_filled(owners, read, count) for owners, read in zip(columns.split(lengths), used, strict=True)]
@@ -78,9 +95,9 @@ def _island(group: list[Reads]) -> Island | None:
         reads.product: owners
         for reads, owners in zip(group, rows.split([next(iter(r.outputs.values())).shape[0] for r in group]), strict=True)
     }
-    if not _alike(count, [*consumers.values(), *producers.values()]):
+    if not _alike(count, groups, [*consumers.values(), *producers.values()]):
         return None
-    others = _others(group, rows, count)
+    others = _others(group, rows, count, groups)
     if others is None:
         return None
     as_tuple = {product: tuple(owners.tolist()) for product, owners in {**producers, **consumers}.items()}
@@ -89,6 +106,7 @@ def _island(group: list[Reads]) -> Island | None:
         {product: as_tuple[product] for product in consumers},
         {product: as_tuple[product] for product in producers},
         *others,
+        groups,
     )
 
 
@@ -107,7 +125,19 @@ def _components(matrix: Tensor, kinds: Tensor) -> tuple[Tensor, Tensor] | None:
     support = matrix.sum(0)
     loose = (support > 0) & (support < matrix.shape[0])
     kinds = kinds * (matrix.shape[0] + 1) + support
+    found = _parted(matrix, kinds, loose)
+    if found is None and 0 < matrix.shape[1]:  # of one product, as many rows next to each other, and apart
+        order = torch.arange(matrix.shape[0])[:, None]
+        span = torch.where(matrix, order, 0).amax(0) - torch.where(matrix, order, matrix.shape[0]).amin(0)
+        found = _parted(matrix, kinds * (matrix.shape[0] + 1) + span.clamp_min(0), loose, _FEW_CLASSES)
+    return found
+
+
+def _parted(matrix: Tensor, kinds: Tensor, loose: Tensor, most: int | None = None) -> tuple[Tensor, Tensor] | None:
+    """The same, where kinds of columns are told apart, of which there are not more than `most`."""
     classes = [(kinds == kind) & loose for kind in kinds[loose].unique()]
+    if most is not None and len(classes) > most:
+        return None
     classes.sort(key=lambda members: int(members.sum()))
     for number in range(min(3, len(classes))):
         for taken in combinations(classes, number):
@@ -116,6 +146,25 @@ def _components(matrix: Tensor, kinds: Tensor) -> tuple[Tensor, Tensor] | None:
             if parts is not None and all(_touch_all(matrix[:, members], parts) for members in taken):
                 return parts, _column_owners(matrix & kept, parts)
     return None
+
+
+def _finer(matrix: Tensor, kinds: Tensor, rows: Tensor, columns: Tensor, size: int) -> tuple[Tensor, Tensor] | None:
+    """The components that those of `rows` and `columns` fall into when several ranks keep what they share, and their owners.
+    None where `size` ranks can't be given as many each, or what they share does not hold one component of them together.
+    """
+    groups, new_rows, new_columns, counts = int(rows.max()) + 1, rows.clone(), columns.clone(), set()
+    if size % groups:
+        return None
+    for group in range(groups):
+        inside, own = rows == group, columns == group
+        parts = _components(matrix[inside][:, own], kinds[own])
+        if parts is None:
+            return None
+        count = int(parts[0].max()) + 1
+        counts.add(count)
+        new_rows[inside] = parts[0] + group * count
+        new_columns[own] = torch.where(parts[1] == EVERY, of_group(group), parts[1] + group * count)
+    return (new_rows, new_columns) if len(counts) == 1 and counts.pop() * groups % size == 0 else None
 
 
 def _connected(matrix: Tensor) -> Tensor | None:
@@ -150,7 +199,7 @@ def _filled(owners: Tensor, used: Tensor, count: int) -> Tensor:
     """`owners`, with those of outputs that nothing read (buckets of distances longer than the sample) as in the only regular
     order that the others are in; as they are where there is none, or several.
     """
-    if bool(used.all()) or not bool((owners[used] != EVERY).all()):
+    if bool(used.all()) or not bool((owners[used] >= 0).all()):
         return owners
     orders = [
         torch.arange(count).repeat_interleave(len(owners) // (times * count)).repeat(times)
@@ -161,13 +210,16 @@ def _filled(owners: Tensor, used: Tensor, count: int) -> Tensor:
     return fitting[0] if len(fitting) == 1 else owners
 
 
-def _alike(count: int, sides: Sequence[Tensor]) -> bool:
-    """Whether every component has as many indices on each side."""
-    tallies = [torch.bincount(owners[owners != EVERY], minlength=count) for owners in sides]
+def _alike(count: int, groups: int, sides: Sequence[Tensor]) -> bool:
+    """Whether every component has as many indices on each side, and every group."""
+    tallies = [torch.bincount(owners[owners >= 0], minlength=count) for owners in sides]
+    tallies += [torch.bincount(of_group(owners[owners < EVERY]), minlength=groups) for owners in sides if groups]
     return all(bool((tally == tally[0]).all()) for tally in tallies)
 
 
-def _others(group: list[Reads], rows: Tensor, count: int) -> tuple[dict[str, tuple[int, Owners]], tuple[str, ...]] | None:
+def _others(
+    group: list[Reads], rows: Tensor, count: int, groups: int
+) -> tuple[dict[str, tuple[int, Owners]], tuple[str, ...]] | None:
     """The parameters that are in no product: which are sliced, and which are read whole by all. None where neither fits."""
     sliced: dict[str, tuple[int, Owners]] = {}
     shared: list[str] = []
@@ -181,7 +233,7 @@ def _others(group: list[Reads], rows: Tensor, count: int) -> tuple[dict[str, tup
             by_part = torch.stack([mask[owners == part].any(0) for part in range(count)])
             touched[name] = touched[name] | by_part if name in touched else by_part
     for name, mask in touched.items():
-        cut = _cut_of(mask)
+        cut = _cut_of(mask, groups)
         if cut is not None:
             sliced[name] = cut
         else:
@@ -189,10 +241,15 @@ def _others(group: list[Reads], rows: Tensor, count: int) -> tuple[dict[str, tup
     return sliced, tuple(shared)
 
 
-def _cut_of(mask: Tensor) -> tuple[int, Owners] | None:
-    """The dim of a parameter, and the owners along it, whose indices each belong to one component; (components, *shape)."""
+def _cut_of(mask: Tensor, groups: int) -> tuple[int, Owners] | None:
+    """The dim of a parameter, and the owners along it, whose indices each belong to one component, or one group of them;
+    (components, *shape).
+    """
     for dim in range(mask.dim() - 1):
         along = mask.movedim(dim + 1, 1).flatten(2).any(2) if mask.dim() > 2 else mask
         if bool((along.sum(0) == 1).all()):
             return dim, tuple(along.int().argmax(0).tolist())
+        by_group = along.unflatten(0, (groups, -1)).any(1) if groups else along
+        if bool((by_group.sum(0) == 1).all()):
+            return dim, tuple(of_group(by_group.int().argmax(0)).tolist())
     return None

@@ -90,7 +90,7 @@ def _proposals(
     probe = Probe(trace.calls, parameters)
     known = list(known_proposals(model, size))
     reads = {product: probe.reads(product) for product in outside(probe.consumers, known)}
-    islands = list(islands_of([found for found in reads.values() if found is not None], probe.in_blocks))
+    islands = list(islands_of([found for found in reads.values() if found is not None], probe.in_blocks, size))
     split = {product for island in islands for product in island.consumers}
     at_end = probe.reached(outputs)
     elsewhere = at_end | _read_by_others(probe, reads, split)

@@ -31,6 +31,7 @@ class Proposal:
         matrices: the modules or parameters that hold the products' weights.
         numel: elements that are cut.
         complete: the rules say all that its modules need: no number of theirs is to be searched for.
+        groups: as of the island.
     """
 
     place: str
@@ -41,6 +42,7 @@ class Proposal:
     matrices: tuple[str, ...]
     numel: int
     complete: bool = False
+    groups: int = 0
 
     @property
     def family(self) -> tuple[str, str, int]:
@@ -71,7 +73,7 @@ def propose(model: nn.Module, island: Island, size: int, elsewhere: Iterable[Pro
     if found is None:
         raise NotPossible(f"the indices of its parts lie in no order that {size} ranks can share by blocks")
     count = island.count
-    if any(model.get_parameter(product.weight).dim() > 2 for product in island.products):
+    if not island.groups and any(model.get_parameter(product.weight).dim() > 2 for product in island.products):
         found, count = _aligned(found, count, size)
     cut_of = dict(zip((*island.producers, *island.consumers, *island.sliced), found, strict=True))
     targets = {product: _target(model, product) for product in island.products}
@@ -105,7 +107,7 @@ def propose(model: nn.Module, island: Island, size: int, elsewhere: Iterable[Pro
     numel = sum(_numel(model, product) for product in island.products if not _whole(island, product))
     names = tuple(dict.fromkeys(name for name, _ in targets.values()))
     place = _around(names)
-    return Proposal(place, type(model.get_submodule(place)).__name__, count, tuple(rules), island.products, names, numel)
+    return Proposal(place, type(model.get_submodule(place)).__name__, count, tuple(rules), island.products, names, numel, groups=island.groups)
 
 
 def _aligned(found: list[Cut], count: int, size: int) -> tuple[list[Cut], int]:

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from inspect import signature
 from itertools import combinations, islice
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -26,6 +26,7 @@ from shardwise.spec import Rule
 MOST = 48
 MOST_WIDTHS = 12
 """How many ways are tried of one family: with its input as it is, and with one of its parts' width."""
+_COUNTS: tuple[Counts, ...] = ("parts", "groups", "parts in a group")
 _BIASES = ("alibi", "position_bias", "attention_mask")
 
 
@@ -33,7 +34,9 @@ _COLWISE = ("colwise", "packed_colwise")
 
 Number = tuple[str, str]
 """A number that code reads: a module's name, and the attribute (or "config.name") of it."""
-Group = tuple[Number, ...]
+Counts = Literal["parts", "groups", "parts in a group"]
+"""What a number counts, or features of: what an island falls into, groups of them that share something, or how many share it."""
+Group = tuple[tuple[Number, Counts], ...]
 """The same of all modules of one class."""
 
 
@@ -42,12 +45,13 @@ class Patch:
     """What the modules of a proposal get besides cut weights.
 
     Args:
-        numbers: those that become local; modules by their path inside of the one around the proposal's products.
+        numbers: those that become local, and what they count; modules by their path inside of the one around the proposal's
+            products.
         own_bias: of a position bias of all heads that it is handed, the module around them takes those of its own.
         own_width: the module around them takes its width from its input, which is handed to it with that of its own parts.
     """
 
-    numbers: tuple[Number, ...] = ()
+    numbers: Group = ()
     own_bias: bool = False
     own_width: bool = False
 
@@ -67,12 +71,18 @@ def patches(reference: Reference, proposal: Proposal) -> Iterator[Patch]:
         return
     module = reference.model.get_submodule(proposal.place)
     read = numbers_read(reference, proposal)
-    groups: dict[tuple[type[nn.Module], str], list[Number]] = {}
+    alike: dict[tuple[type[nn.Module], str], list[Number]] = {}
     for path, name in read:
-        groups.setdefault((type(module.get_submodule(path)), name), []).append((path, name))
-    values = {tuple(numbers): [read[number] for number in numbers] for numbers in groups.values()}
-    names = [group for group, found in values.items() if all(v >= proposal.count and v % proposal.count == 0 for v in found)]
-    exact = [group for group in names if set(values[group]) == {proposal.count}]
+        alike.setdefault((type(module.get_submodule(path)), name), []).append((path, name))
+    found = [(numbers, {read[number] for number in numbers}) for numbers in alike.values()]
+    names: list[Group] = []
+    exact: list[Group] = []
+    for counts in _COUNTS:
+        for numbers, values in found:
+            if all(_counted(value, counts, proposal) for value in values):
+                names.append(tuple((number, counts) for number in numbers))
+                if values == {_units(counts, proposal)} and not any(_numbers(names[-1]) == _numbers(one) for one in exact):
+                    exact.append(names[-1])
     biased = any(name in signature(type(module).forward).parameters for name in _BIASES)
     ways = ((sum(chosen, ()), own) for chosen in _subsets(names, exact) for own in ((False, True) if biased else (False,)))
     yield from dict.fromkeys(Patch(*way) for way in islice(ways, MOST))
@@ -81,12 +91,39 @@ def patches(reference: Reference, proposal: Proposal) -> Iterator[Patch]:
         yield from dict.fromkeys(Patch(sum(chosen, ()), own_width=True) for chosen in widths)
 
 
+def _numbers(group: Group) -> set[Number]:
+    return {number for number, _ in group}
+
+
+def _units(counts: Counts, proposal: Proposal) -> int:
+    """How many there are of what a number counts."""
+    if counts == "parts":
+        return proposal.count
+    return proposal.groups if counts == "groups" else proposal.count // max(proposal.groups, 1)
+
+
+def _counted(value: int, counts: Counts, proposal: Proposal) -> bool:
+    """Whether `value` may be a number of such things, or of features of them."""
+    if counts != "parts" and not proposal.groups:
+        return False
+    units = _units(counts, proposal)
+    return value == units if counts == "parts in a group" else value >= units and value % units == 0
+
+
+def _local(value: int, counts: Counts, proposal: Proposal, size: int) -> tuple[int, ...]:
+    """What each of `size` ranks has of it: of groups that ranks share, one."""
+    if counts == "parts":
+        return local_numbers(value, proposal.count, size)
+    return (value // proposal.groups if counts == "groups" else value * proposal.groups // size,) * size
+
+
 def _subsets(names: Sequence[Group], exact: Sequence[Group]) -> Iterator[tuple[Group, ...]]:
+    """Some of the groups, the likeliest first; none of them twice, as another number."""
     yield ()
-    yield tuple(names)
-    yield tuple(exact)
-    for number in range(1, len(names)):
-        yield from combinations(names, number)
+    ways = (names, exact, *(chosen for number in range(1, len(names)) for chosen in combinations(names, number)))
+    for chosen in map(tuple, ways):
+        if len(set().union(*map(_numbers, chosen))) == sum(map(len, chosen)):
+            yield chosen
 
 
 def numbers_read(reference: Reference, proposal: Proposal) -> dict[Number, int]:
@@ -156,10 +193,10 @@ def patched(
             local[proposal.place] = {"input_width": local_numbers(width, proposal.count, size)}
             inside = [rule for rule in proposal.rules if rule.style in _COLWISE]
             rules |= {rule.pattern: replace(rule, style="colwise_whole_input") for rule in inside}
-        for path, name in patch.numbers:
+        for (path, name), counts in patch.numbers:
             place = f"{proposal.place}.{path}".strip(".")
             value = _read(model.get_submodule(place), name)
-            local.setdefault(place, {})[name] = local_numbers(value, proposal.count, size)
+            local.setdefault(place, {})[name] = _local(value, counts, proposal, size)
         for place, attributes in local.items():
             known = rules.get(place)
             style = patch.style if place == proposal.place and patch.style else known.style if known else "local_params"
