@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 
 from torch import nn
 
@@ -22,6 +23,8 @@ from shardwise.resolve import resolve
 from shardwise.spec import Rule
 
 Family = tuple[str, str, int]
+TOGETHER = 16
+"""How many ways are tried of families together."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ class Choice:
     def _one_by_one(
         self, families: Mapping[Family, list[Proposal]]
     ) -> tuple[list[Family], list[list[Rule]], list[Rule], Proof]:
-        kept = [family for family, proposals in families.items() if self._passes(family, proposals)]
+        kept = [family for alike in self._alike(families) for family in self._passing(alike, families)]
         ends = [rules for rules in self.ends if self._end_passes(rules)]
         while True:
             rules, proof = self._try(kept, ends)
@@ -118,13 +121,31 @@ class Choice:
             names = [n for p in families[kept.pop()] for n in p.matrices] if kept else [rule.pattern for rule in ends.pop()]
             self._leave(names, f"right alone, and not together with the others: {proof.problem}")
 
+    def _alike(self, families: Mapping[Family, list[Proposal]]) -> list[list[Family]]:
+        """Those of modules of one class that fall apart alike: attention to the text itself and to an encoder's states, which
+        may share a cache.
+        """
+        found: dict[tuple[str, int, int], list[Family]] = {}
+        for family, proposals in families.items():
+            found.setdefault((*family[1:], proposals[0].groups), []).append(family)
+        return list(found.values())
+
+    def _passing(self, alike: Sequence[Family], families: Mapping[Family, list[Proposal]]) -> list[Family]:
+        """Those that are right, all of them with one patch, or else each alone."""
+        if len(alike) > 1:
+            for patch in islice(patches(self.reference, families[alike[0]][0], self.size), TOGETHER):
+                self.chosen |= dict.fromkeys(alike, patch)
+                if self._try(alike, [])[1]:
+                    return list(alike)
+        return [family for family in alike if self._passes(family, families[family])]
+
     def _leave(self, names: Iterable[str], why: str) -> None:
         self.left.update({wildcard(name): why for name in names})
 
     def _passes(self, family: Family, proposals: Sequence[Proposal]) -> bool:
         """Whether a family alone is right with some patch, which is then chosen."""
         first = ""
-        for patch in patches(self.reference, proposals[0]):
+        for patch in patches(self.reference, proposals[0], self.size):
             self.chosen[family] = patch
             proof = self._try([family], [])[1]
             if proof:

@@ -32,6 +32,7 @@ class Proposal:
         numel: elements that are cut.
         complete: the rules say all that its modules need: no number of theirs is to be searched for.
         groups: as of the island.
+        widths: of how many neighbouring indices its parts are, along any of its dims.
     """
 
     place: str
@@ -43,6 +44,7 @@ class Proposal:
     numel: int
     complete: bool = False
     groups: int = 0
+    widths: frozenset[int] = frozenset()
 
     @property
     def family(self) -> tuple[str, str, int]:
@@ -107,7 +109,9 @@ def propose(model: nn.Module, island: Island, size: int, elsewhere: Iterable[Pro
     numel = sum(_numel(model, product) for product in island.products if not _whole(island, product))
     names = tuple(dict.fromkeys(name for name, _ in targets.values()))
     place = _around(names)
-    return Proposal(place, type(model.get_submodule(place)).__name__, count, tuple(rules), island.products, names, numel, groups=island.groups)
+    kind, widths = type(model.get_submodule(place)).__name__, frozenset(width for cut in found for width in _widths(cut))
+    proposed = Proposal(place, kind, count, tuple(rules), island.products, names, numel)
+    return replace(proposed, groups=island.groups, widths=widths)
 
 
 def _aligned(found: list[Cut], count: int, size: int) -> tuple[list[Cut], int]:
@@ -122,6 +126,10 @@ def _aligned(found: list[Cut], count: int, size: int) -> tuple[list[Cut], int]:
 def _coarser(cut: Cut) -> Cut:
     blocks = tuple(block if block.spread == "whole" else replace(block, unit=block.unit * ALIGNED) for block in cut.blocks)
     return replace(cut, unit=cut.unit if blocks else cut.unit * ALIGNED, blocks=blocks)
+
+
+def _widths(cut: Cut) -> list[int]:
+    return [block.unit for block in cut.blocks if block.spread != "whole"] or [cut.unit]
 
 
 def _whole(island: Island, product: Product) -> bool:

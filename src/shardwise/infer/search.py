@@ -10,11 +10,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from inspect import signature
-from itertools import combinations, islice
+from itertools import islice, product
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from shardwise.heads import heads_of
 from shardwise.infer.feeds import floats
@@ -26,6 +26,7 @@ from shardwise.spec import Rule
 MOST = 48
 MOST_WIDTHS = 12
 """How many ways are tried of one family: with its input as it is, and with one of its parts' width."""
+_MOST_NUMBERS = 7
 _COUNTS: tuple[Counts, ...] = ("parts", "groups", "parts in a group")
 _BIASES = ("alibi", "position_bias", "attention_mask")
 
@@ -36,8 +37,8 @@ Number = tuple[str, str]
 """A number that code reads: a module's name, and the attribute (or "config.name") of it."""
 Counts = Literal["parts", "groups", "parts in a group"]
 """What a number counts, or features of: what an island falls into, groups of them that share something, or how many share it."""
-Group = tuple[tuple[Number, Counts], ...]
-"""The same of all modules of one class."""
+Local = tuple[tuple[Number, Counts], ...]
+"""Numbers that become local, those of all modules of one class alike."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Patch:
         own_width: the module around them takes its width from its input, which is handed to it with that of its own parts.
     """
 
-    numbers: Group = ()
+    numbers: Local = ()
     own_bias: bool = False
     own_width: bool = False
 
@@ -64,35 +65,54 @@ class Patch:
 NONE = Patch()
 
 
-def patches(reference: Reference, proposal: Proposal) -> Iterator[Patch]:
+def patches(reference: Reference, proposal: Proposal, size: int) -> Iterator[Patch]:
     """What to try of the modules of a proposal, the likeliest first, `NONE` the very first."""
     if proposal.complete:
         yield NONE
         return
     module = reference.model.get_submodule(proposal.place)
-    read = numbers_read(reference, proposal)
+    read, biased = numbers_read(reference, proposal)
     alike: dict[tuple[type[nn.Module], str], list[Number]] = {}
     for path, name in read:
         alike.setdefault((type(module.get_submodule(path)), name), []).append((path, name))
-    found = [(numbers, {read[number] for number in numbers}) for numbers in alike.values()]
-    names: list[Group] = []
-    exact: list[Group] = []
-    for counts in _COUNTS:
-        for numbers, values in found:
-            if all(_counted(value, counts, proposal) for value in values):
-                names.append(tuple((number, counts) for number in numbers))
-                if values == {_units(counts, proposal)} and not any(_numbers(names[-1]) == _numbers(one) for one in exact):
-                    exact.append(names[-1])
-    biased = any(name in signature(type(module).forward).parameters for name in _BIASES)
-    ways = ((sum(chosen, ()), own) for chosen in _subsets(names, exact) for own in ((False, True) if biased else (False,)))
-    yield from dict.fromkeys(Patch(*way) for way in islice(ways, MOST))
+    ways = _ways([(numbers, {read[number] for number in numbers}) for numbers in alike.values()], proposal, size)
+    yield from islice((Patch(way, own_bias) for way in ways for own_bias in ((False, True) if biased else (False,))), MOST)
     if _input_width(reference.model, proposal):
-        widths = islice(_subsets(names, exact), MOST_WIDTHS)
-        yield from dict.fromkeys(Patch(sum(chosen, ()), own_width=True) for chosen in widths)
+        yield from (Patch(way, own_width=True) for way in ways[:MOST_WIDTHS])
 
 
-def _numbers(group: Group) -> set[Number]:
-    return {number for number, _ in group}
+def _ways(read: Sequence[tuple[Sequence[Number], set[int]]], proposal: Proposal, size: int) -> list[Local]:
+    """Which numbers may become local, and what they count then: none of them first, then the likeliest.
+
+    Args:
+        read: numbers of modules that are alike, and their values.
+    """
+    options: list[list[tuple[int, Local]]] = []
+    for numbers, values in read:
+        counted: dict[tuple[tuple[int, ...], ...], tuple[int, Local]] = {}
+        for counts in _COUNTS:
+            unlike = [_unlike(value, counts, proposal) for value in values]
+            if None not in unlike:
+                local = tuple(_local(value, counts, proposal, size) for value in values)
+                counted.setdefault(local, (max(filter(None, unlike), default=0), tuple((number, counts) for number in numbers)))
+        if counted:
+            here = sorted(counted.values(), key=lambda one: one[0])
+            options.append([(0 if here[0][0] > 1 else 1, ()), *here])
+    options = sorted(options, key=lambda one: -one[0][0])[:_MOST_NUMBERS]  # those that are likely to be local
+    chosen = sorted(product(*options), key=lambda way: sum(cost for cost, _ in way))
+    return list(dict.fromkeys([(), *(tuple(one for _, local in way for one in local) for way in chosen)]))
+
+
+def _unlike(value: int, counts: Counts, proposal: Proposal) -> int | None:
+    """How unlikely it is that `value` is a number of such things, or of features of them; None where it can't be."""
+    if counts != "parts" and not proposal.groups:
+        return None
+    units = _units(counts, proposal)
+    if value == units:
+        return 0
+    if counts == "parts in a group" or value < units or value % units:
+        return None
+    return 1 if value // units in proposal.widths else 3
 
 
 def _units(counts: Counts, proposal: Proposal) -> int:
@@ -102,14 +122,6 @@ def _units(counts: Counts, proposal: Proposal) -> int:
     return proposal.groups if counts == "groups" else proposal.count // max(proposal.groups, 1)
 
 
-def _counted(value: int, counts: Counts, proposal: Proposal) -> bool:
-    """Whether `value` may be a number of such things, or of features of them."""
-    if counts != "parts" and not proposal.groups:
-        return False
-    units = _units(counts, proposal)
-    return value == units if counts == "parts in a group" else value >= units and value % units == 0
-
-
 def _local(value: int, counts: Counts, proposal: Proposal, size: int) -> tuple[int, ...]:
     """What each of `size` ranks has of it: of groups that ranks share, one."""
     if counts == "parts":
@@ -117,27 +129,32 @@ def _local(value: int, counts: Counts, proposal: Proposal, size: int) -> tuple[i
     return (value // proposal.groups if counts == "groups" else value * proposal.groups // size,) * size
 
 
-def _subsets(names: Sequence[Group], exact: Sequence[Group]) -> Iterator[tuple[Group, ...]]:
-    """Some of the groups, the likeliest first; none of them twice, as another number."""
-    yield ()
-    ways = (names, exact, *(chosen for number in range(1, len(names)) for chosen in combinations(names, number)))
-    for chosen in map(tuple, ways):
-        if len(set().union(*map(_numbers, chosen))) == sum(map(len, chosen)):
-            yield chosen
-
-
-def numbers_read(reference: Reference, proposal: Proposal) -> dict[Number, int]:
-    """The integers of the modules around a proposal's products, and of their configs, that code reads in a forward pass."""
+def numbers_read(reference: Reference, proposal: Proposal) -> tuple[dict[Number, int], bool]:
+    """The integers of the modules around a proposal's products, and of their configs, that code reads in a forward pass; and
+    whether it is handed a position bias of all heads.
+    """
     seen: dict[Number, int] = {}
+    biases: list[bool] = []
     place = reference.model.get_submodule(proposal.place)
+    names = list(signature(type(place).forward).parameters)[1:]
+
+    def look(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        given = dict(zip(names, args, strict=False)) | kwargs
+        biases.extend(_has_heads(given.get(name), name) for name in _BIASES)
+
     with ExitStack() as stack:
+        stack.callback(place.register_forward_pre_hook(look, with_kwargs=True).remove)
         for name, module in place.named_modules():
             if _around_products(f"{proposal.place}.{name}".strip("."), proposal):
                 stack.enter_context(_watched(module, name, seen))
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             floats(reference.model, reference.feeds[0])
-    return seen
+    return seen, any(biases)
+
+
+def _has_heads(given: object, name: str) -> bool:
+    return isinstance(given, Tensor) and (name != "attention_mask" or (given.dim() == 4 and given.shape[1] > 1))
 
 
 def _around_products(name: str, proposal: Proposal) -> bool:
