@@ -14,7 +14,7 @@ from shardwise.infer.ends import gathered
 from shardwise.infer.lift import lifted
 from shardwise.infer.proof import Proof
 from shardwise.infer.proposals import Proposal
-from shardwise.infer.search import Patch, patched, patches
+from shardwise.infer.search import NONE, Patch, patched, patches
 from shardwise.infer.simulate import Reference, check
 from shardwise.infer.switched import exchanged, switched
 from shardwise.infer.twins import Twins, find_twins, with_twins
@@ -23,8 +23,8 @@ from shardwise.resolve import resolve
 from shardwise.spec import Rule
 
 Family = tuple[str, str, int]
-TOGETHER = 16
-"""How many ways are tried of families together."""
+FEW = 12
+"""How many patches are tried of families together, and of what is written in another way than the first."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ class Choice:
     ends: list[list[Rule]]
     left: dict[str, str]
     chosen: dict[Family, Patch] = field(default_factory=dict)
+    ways: dict[Family, int] = field(default_factory=dict)
 
     def run(self) -> Inference:
         """The plan with all that passes. Raises `PlanError` where the empty plan does not either: the model is not the same
@@ -133,7 +134,7 @@ class Choice:
     def _passing(self, alike: Sequence[Family], families: Mapping[Family, list[Proposal]]) -> list[Family]:
         """Those that are right, all of them with one patch, or else each alone."""
         if len(alike) > 1:
-            for patch in islice(patches(self.reference, families[alike[0]][0], self.size), TOGETHER):
+            for patch in islice(patches(self.reference, families[alike[0]][0], self.size), FEW):
                 self.chosen |= dict.fromkeys(alike, patch)
                 if self._try(alike, [])[1]:
                     return list(alike)
@@ -145,12 +146,14 @@ class Choice:
     def _passes(self, family: Family, proposals: Sequence[Proposal]) -> bool:
         """Whether a family alone is right with some patch, which is then chosen."""
         first = ""
-        for patch in patches(self.reference, proposals[0], self.size):
-            self.chosen[family] = patch
-            proof = self._try([family], [])[1]
-            if proof:
-                return True
-            first = first or str(proof.problem)
+        for way in range(1 + len(proposals[0].others)):
+            self.ways[family] = way
+            for patch in islice(patches(self.reference, _in_way(proposals[0], way), self.size), FEW if way else None):
+                self.chosen[family] = patch
+                proof = self._try([family], [])[1]
+                if proof:
+                    return True
+                first = first or str(proof.problem)
         self._leave((name for proposal in proposals for name in proposal.matrices), first)
         return False
 
@@ -162,9 +165,13 @@ class Choice:
 
     def _try(self, families: Sequence[Family], ends: Sequence[list[Rule]]) -> tuple[list[Rule], Proof]:
         """The rules for these parts, everything else whole, and the proof of their plan."""
-        proposals = [proposal for proposal in self.proposals if proposal.family in families]
+        proposals = [
+            (_in_way(proposal, self.ways.get(proposal.family, 0)), self.chosen.get(proposal.family, NONE))
+            for proposal in self.proposals
+            if proposal.family in families
+        ]
         rules = [
-            *patched(self.reference.model, proposals, self.chosen, self.size),
+            *patched(self.reference.model, proposals, self.size),
             *(rule for tied in ends for rule in tied),
         ]
         rules = with_twins(switched(self.model, self._exchanged, rules), self._twins)
@@ -184,3 +191,7 @@ class Choice:
                 if (why := self.left.get(wildcard(place))) is not None:
                     found.append(Rule(place, "replicate", "inferred", reason=why))
         return found
+
+
+def _in_way(proposal: Proposal, way: int) -> Proposal:
+    return (proposal, *proposal.others)[min(way, len(proposal.others))]

@@ -33,6 +33,12 @@ def end_rules(model: nn.Module, products: Collection[Product], last: Collection[
         for name, module in holders:
             if product.inputs is None and product.outputs == 1 and isinstance(module, nn.Embedding) and _looks_up(module):
                 rule = Rule(name, "embedding_rowwise", "inferred", reason="rows are looked up one by one")
+                inside = dict.fromkeys(path.rpartition(".")[0] for path, _ in module.named_parameters(prefix=name))
+                found.setdefault(product.weight, []).extend(
+                    Rule(child, "replicated_with_grad_allreduce", "inferred", reason="it sees the rows of the rank's own ids")
+                    for child in inside
+                    if child != name
+                )
             elif product in last and product.outputs == 0 and isinstance(module, nn.Linear):
                 rule = Rule(name, "colwise_gather_output", "inferred", reason="nothing but the output is behind it")
             else:

@@ -126,7 +126,7 @@ def _components(matrix: Tensor, kinds: Tensor) -> tuple[Tensor, Tensor] | None:
     loose = (support > 0) & (support < matrix.shape[0])
     kinds = kinds * (matrix.shape[0] + 1) + support
     found = _parted(matrix, kinds, loose)
-    if found is None and 0 < matrix.shape[1]:  # of one product, as many rows next to each other, and apart
+    if found is None and matrix.shape[1] > 0:  # of one product, as many rows next to each other, and apart
         order = torch.arange(matrix.shape[0])[:, None]
         span = torch.where(matrix, order, 0).amax(0) - torch.where(matrix, order, matrix.shape[0]).amin(0)
         found = _parted(matrix, kinds * (matrix.shape[0] + 1) + span.clamp_min(0), loose, _FEW_CLASSES)

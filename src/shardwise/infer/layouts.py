@@ -38,6 +38,18 @@ def cuts(sides: Sequence[Owners], size: int) -> list[Cut] | None:
     return [_cut([block for _, block in side]) for side in found]
 
 
+def unfolded(cut: Cut, pieces: int, inner: int, length: int) -> Cut | None:
+    """How to cut a dim along which there are `pieces` of `length` features each, of which `inner` neighbouring ones are one
+    index, so that each piece is cut so. None where that falls within an index.
+    """
+    if pieces == inner == 1:
+        return cut
+    blocks = cut.blocks or (Block(length, cut.unit, cut.spread),)
+    if any(block.length % inner or block.unit % inner for block in blocks):
+        return None
+    return _cut([Block(block.length // inner, block.unit // inner, block.spread) for block in blocks] * pieces)
+
+
 def _groups(sides: Sequence[Owners]) -> set[int]:
     """How many groups share something, of each side on which they do."""
     return {len(found) for owners in sides if (found := {owner for owner in owners if owner < EVERY})}

@@ -76,7 +76,7 @@ class Probe:
     def _asked(self, product: Product) -> tuple[list[Call], int, _Sources]:
         assert product.inputs is not None
         asked = [call for call in self._calls if call.product == product and _reads(call)]
-        width = self._shapes[product.weight][product.inputs]
+        width = product.input_fold.features(self._shapes[product.weight][product.inputs])
         everything = self._batch(asked, [list(range(width))])
         sources = _Sources(
             [call for call, gradient in zip(self._calls, everything[: len(self._calls)], strict=True) if gradient is not None],
@@ -113,7 +113,7 @@ class Probe:
         found = self._gradients(asked, inputs, channels)
         outputs: dict[Product, Tensor] = {}
         for call, gradient in zip(sources.calls, found, strict=False):
-            length = self._shapes[call.product.weight][call.product.outputs]
+            length = call.product.output_fold.features(self._shapes[call.product.weight][call.product.outputs])
             here = outputs.setdefault(call.product, torch.zeros(len(channels), length, dtype=torch.bool))
             touched = gradient.ne(0).reshape(len(channels), -1, gradient.shape[-1]).any(1)
             here[:, call.first_output : call.first_output + touched.shape[-1]] |= touched

@@ -7,8 +7,8 @@ No names and no rules per operator: whatever a module computes between two produ
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
@@ -16,6 +16,28 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
+
+from shardwise.layers.operands import PRODUCTS, Einsum, EinsumCall, Operands, argument, place_of
+
+
+@dataclass(frozen=True)
+class Fold:
+    """How features run over a dim of a parameter.
+
+    Args:
+        pieces: so many equal parts of the dim are used one at a time (experts below one another), each with all features.
+        inner: so many neighbouring features are one index of the dim: those of further dims, which follow it.
+    """
+
+    pieces: int = 1
+    inner: int = 1
+
+    def features(self, length: int) -> int:
+        """How many there are along a dim of `length`."""
+        return length // self.pieces * self.inner
+
+
+STRAIGHT = Fold()
 
 
 @dataclass(frozen=True)
@@ -26,11 +48,15 @@ class Product:
         weight: the parameter's name.
         inputs: the dim of it that the activations' features run over; None of an embedding.
         outputs: the dim that the result's features run over.
+        input_fold: how they do the first.
+        output_fold: how they do the other.
     """
 
     weight: str
     inputs: int | None
     outputs: int
+    input_fold: Fold = STRAIGHT
+    output_fold: Fold = STRAIGHT
 
 
 @dataclass(frozen=True)
@@ -50,37 +76,6 @@ class Call:
     y: Tensor
     first_input: int
     first_output: int
-
-
-@dataclass(frozen=True)
-class _Operands:
-    x: int
-    weight: int
-    inputs: int | None
-    outputs: int
-
-
-_LINEAR, _MATMUL, _ADDMM, _EMBEDDING = (
-    _Operands(0, 1, -1, -2),
-    _Operands(0, 1, -2, -1),
-    _Operands(1, 2, -2, -1),
-    _Operands(0, 1, None, -1),
-)
-_KNOWN: Mapping[object, _Operands] = MappingProxyType(
-    {
-        functional.linear: _LINEAR,
-        torch.addmm: _ADDMM,
-        torch.matmul: _MATMUL,
-        Tensor.matmul: _MATMUL,
-        Tensor.__matmul__: _MATMUL,
-        torch.mm: _MATMUL,
-        Tensor.mm: _MATMUL,
-        torch.bmm: _MATMUL,
-        Tensor.bmm: _MATMUL,
-        torch._grouped_mm: _MATMUL,
-        functional.embedding: _EMBEDDING,
-    }
-)
 
 
 _DEVICE = Tensor.device.__get__
@@ -104,9 +99,12 @@ class Products(TorchFunctionMode):
         self, function: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        operands = _KNOWN.get(function)
+        einsum = Einsum.of(function, args, self._is_whole)
+        if einsum is not None and (made := self._einsum(einsum)) is not None:
+            return made
+        operands = PRODUCTS.get(function)
         if operands is not None:
-            x, weight = (_argument(args, kwargs, where) for where in (operands.x, operands.weight))
+            x, weight = (argument(args, kwargs, where) for where in (operands.x, operands.weight))
             if isinstance(x, Tensor) and isinstance(weight, Tensor) and (found := self._product(weight, operands)) is not None:
                 return self._seen(Use(*found, x, weight, function, args, kwargs))
         if function == _DEVICE and args[0].is_meta:
@@ -119,6 +117,13 @@ class Products(TorchFunctionMode):
     def _seen(self, use: Use) -> Any:
         """What a product gives to the code that runs."""
         return use.result()
+
+    def _einsum(self, call: EinsumCall) -> Tensor | None:
+        """What an einsum with a parameter gives to the code that runs; None where nothing is to be done about it."""
+        return None
+
+    def _is_whole(self, tensor: Tensor) -> bool:
+        return id(tensor) in self._names
 
     def _without_values(self, weight: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
         """What `function` gives for a weight on meta: views of it, its shape. Raises `ValuesNeeded` for what is computed."""
@@ -141,12 +146,12 @@ class Products(TorchFunctionMode):
         """Random numbers, as many as `use` has results."""
         return torch.randn(use.shape(), generator=self._generator)
 
-    def _product(self, weight: Tensor, operands: _Operands) -> tuple[Product, int, int] | None:
+    def _product(self, weight: Tensor, operands: Operands) -> tuple[Product, int, int] | None:
         base = weight if id(weight) in self._names else weight._base
         if base is None or id(base) not in self._names or not base.is_contiguous():
             return None
-        name, outputs = self._names[id(base)], _place(weight, base, operands.outputs)
-        inputs = None if operands.inputs is None else _place(weight, base, operands.inputs)
+        name, outputs = self._names[id(base)], place_of(weight, base, operands.outputs)
+        inputs = None if operands.inputs is None else place_of(weight, base, operands.inputs)
         if outputs is None or (inputs is None and operands.inputs is not None):
             return None
         return Product(name, inputs and inputs[0], outputs[0]), inputs[1] if inputs else 0, outputs[1]
@@ -191,7 +196,7 @@ class Use:
     def bias(self) -> Tensor | None:
         """What is added to the product."""
         if self.function is functional.linear:
-            found = _argument(self.args, self.kwargs, 2)
+            found = argument(self.args, self.kwargs, 2)
         else:
             found = self.args[0] if self.function is torch.addmm else None
         return found if isinstance(found, Tensor) else None
@@ -202,11 +207,11 @@ FEW = 16
 
 
 class Trace(Products):
-    """Cuts the graph at every product of what runs under it, and records them as `calls`."""
+    """Cuts the graph at every product of what runs under it, and records them: see `calls`."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         super().__init__(parameters)
-        self.calls: list[Call] = []
+        self._calls: list[Call] = []
 
     def _seen(self, use: Use) -> Any:
         result = use.shape() if use.weight.is_meta else use.result()
@@ -216,8 +221,51 @@ class Trace(Products):
             leaf = self._perturbed(result.detach()).requires_grad_()
         else:
             return result
-        self.calls.append(Call(use.product, use.x, leaf, use.first_input, use.first_output))
+        self._calls.append(Call(use.product, use.x, leaf, use.first_input, use.first_output))
         return leaf.clone()  # which may be written to, where a leaf may not
+
+    def _einsum(self, call: EinsumCall) -> Tensor | None:
+        letters, weight = call.letters, call.weight
+        summed, made = letters.summed, letters.made
+        apart = len(set(letters.weight)) == len(letters.weight) == len(summed + made)
+        if weight.is_meta or not (summed and made and apart and summed in letters.weight and made in letters.weight):
+            return None
+        others = "".join(letter for letter in letters.x if letter not in summed)
+        if set(others) != set(letters.output) - set(made):
+            return None
+        result = call.result(call.x.detach()).detach()
+        y = torch.einsum(f"{letters.output}->{others}{made}", result).flatten(len(others))
+        leaf = self._perturbed(y).requires_grad_()
+        x = torch.einsum(f"{letters.x}->{others}{summed}", call.x).flatten(len(others))
+        lengths = dict(zip(letters.weight, weight.shape, strict=True))
+        inner = [Fold(inner=prod(lengths[letter] for letter in side[1:])) for side in (summed, made)]
+        product = Product(self._names[id(weight)], letters.weight.index(summed[0]), letters.weight.index(made[0]), *inner)
+        self._calls.append(Call(product, x, leaf, 0, 0))
+        as_made = leaf.clone().unflatten(-1, [lengths[letter] for letter in made])
+        return torch.einsum(f"{others}{made}->{letters.output}", as_made)
+
+    @property
+    def calls(self) -> list[Call]:
+        """The products, in the order of their calls; those that are used in equal pieces as one piece each."""
+        uses: dict[Product, list[Call]] = {}
+        for call in self._calls:
+            uses.setdefault(call.product, []).append(call)
+        inputs = {product: self._pieces(product.inputs, product, calls) for product, calls in uses.items()}
+        counts = set(inputs.values()) - {1}
+        outputs = {product: self._pieces(product.outputs, product, calls) for product, calls in uses.items() if counts}
+        outputs = {product: pieces if pieces in counts else 1 for product, pieces in outputs.items()}
+        return [_folded(call, inputs[call.product], outputs[call.product]) if counts else call for call in self._calls]
+
+    def _pieces(self, dim: int | None, product: Product, calls: Sequence[Call]) -> int:
+        """In how many equal pieces a product's parameter is used, along the dim of its inputs or outputs."""
+        if dim is None:
+            return 1
+        inputs, length = dim == product.inputs, self._parameters[product.weight].shape[dim]
+        uses = {(one.x.shape[-1], one.first_input) if inputs else (one.y.shape[-1], one.first_output) for one in calls}
+        parts, firsts = {part for part, _ in uses}, {first for _, first in uses}
+        part = parts.pop()
+        uneven = parts or len(firsts) < 2 or length % part or any(first % part for first in firsts)
+        return 1 if uneven else length // part
 
     def _alternating(self, shape: torch.Size) -> Tensor:
         """Random numbers whose signs alternate."""
@@ -228,7 +276,7 @@ class Trace(Products):
         of two products in a row not the same half, so that two of them that are multiplied do, too.
         """
         features = torch.randn(shape[-1], generator=self._generator).sign()
-        turns = torch.arange(shape[:-1].numel()) // (1 + len(self.calls) % 2) % 2
+        turns = torch.arange(shape[:-1].numel()) // (1 + len(self._calls) % 2) % 2
         return features * (turns * 2 - 1).view(*shape[:-1], 1)
 
     def _perturbed(self, result: Tensor) -> Tensor:
@@ -239,11 +287,14 @@ class Trace(Products):
         return result * torch.randn(result.shape, generator=self._generator).to(result).sign() + noise
 
 
-def _argument(args: tuple[Any, ...], kwargs: Any, where: int) -> Any:
-    if where < len(args):
-        return args[where]
-    values = list((kwargs or {}).values())
-    return values[where - len(args)] if where - len(args) < len(values) else None
+def _folded(call: Call, inputs: int, outputs: int) -> Call:
+    """`call` of a product whose parameter is used in so many pieces, as one of these."""
+    product, first_input, first_output = call.product, call.first_input, call.first_output
+    if inputs > 1:
+        product, first_input = replace(product, input_fold=Fold(inputs)), 0
+    if outputs > 1:
+        product, first_output = replace(product, output_fold=Fold(outputs)), 0
+    return replace(call, product=product, first_input=first_input, first_output=first_output)
 
 
 def tensors(value: object) -> Iterator[Tensor]:
@@ -256,12 +307,3 @@ def tensors(value: object) -> Iterator[Tensor]:
         yield from (tensor for inner in value.values() for tensor in tensors(inner))
     elif isinstance(value, list | tuple):
         yield from (tensor for inner in value for tensor in tensors(inner))
-
-
-def _place(view: Tensor, base: Tensor, dim: int) -> tuple[int, int] | None:
-    """Which dim of `base` the `dim` of its `view` runs over, and from which index on."""
-    stride, offset = view.stride(dim), view.storage_offset() - base.storage_offset()
-    for place, (length, step) in enumerate(zip(base.shape, base.stride(), strict=True)):
-        if step == stride and length >= view.shape[dim] and length > 1:
-            return place, offset // step % length
-    return None

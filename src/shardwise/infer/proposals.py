@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
 
 from shardwise.infer.islands import EVERY, Island
-from shardwise.infer.layouts import cuts
+from shardwise.infer.layouts import cuts, unfolded
 from shardwise.infer.products import Product
 from shardwise.layers import ALIGNED, Cut, StackedColwise, stores_transposed
 from shardwise.plan import wildcard
@@ -33,6 +33,7 @@ class Proposal:
         complete: the rules say all that its modules need: no number of theirs is to be searched for.
         groups: as of the island.
         widths: of how many neighbouring indices its parts are, along any of its dims.
+        others: further ways to write the same, to be tried in turn.
     """
 
     place: str
@@ -45,6 +46,7 @@ class Proposal:
     complete: bool = False
     groups: int = 0
     widths: frozenset[int] = frozenset()
+    others: tuple[Proposal, ...] = ()
 
     @property
     def family(self) -> tuple[str, str, int]:
@@ -67,7 +69,6 @@ def propose(model: nn.Module, island: Island, size: int, elsewhere: Iterable[Pro
     """
     if island.count < size:
         raise NotPossible(f"it falls into {island.count} parts alone")
-    read_elsewhere = set(elsewhere) & set(island.producers)
     if both := island.consumers.keys() & island.producers.keys():
         raise NotPossible(f"{next(iter(both)).weight} is read and reads in it")
     sides = [*island.producers.values(), *island.consumers.values(), *(owners for _, owners in island.sliced.values())]
@@ -77,41 +78,126 @@ def propose(model: nn.Module, island: Island, size: int, elsewhere: Iterable[Pro
     count = island.count
     if not island.groups and any(model.get_parameter(product.weight).dim() > 2 for product in island.products):
         found, count = _aligned(found, count, size)
-    cut_of = dict(zip((*island.producers, *island.consumers, *island.sliced), found, strict=True))
-    targets = {product: _target(model, product) for product in island.products}
-    reason = COMPUTED.format(island.count)
-    rules: list[Rule] = []
-    for product in island.products:
-        name, bare = targets[product]
-        consumer = product in island.consumers
-        whole = not consumer and set(island.producers[product]) == {EVERY}
-        if product in read_elsewhere:
-            rules.append(_latent(model, name, whole, product))
-            continue
-        if product.inputs is None and whole:
-            rules.append(_summed(model, product.weight, island))
-            continue
-        dim = product.inputs if consumer else product.outputs
+    draft = _Draft(model, island, dict(zip((*island.producers, *island.consumers, *island.sliced), found, strict=True)))
+    read_elsewhere = set(elsewhere) & set(island.producers)
+    widths = frozenset(width for cut in found for width in _widths(cut))
+    ways = [replace(way, count=count, groups=island.groups, widths=widths) for way in draft.ways(read_elsewhere)]
+    return replace(ways[0], others=tuple(ways[1:]))
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """An island on its way to rules.
+
+    Args:
+        model: what it was found in.
+        island: the island.
+        cut_of: how to cut along the features of its products, and its parameters.
+    """
+
+    model: nn.Module
+    island: Island
+    cut_of: Mapping[Product | str, Cut]
+
+    def ways(self, elsewhere: Collection[Product]) -> list[Proposal]:
+        """The ways to write it, the fastest first: of bare parameters, those that sum once around a module come before the one
+        that sums behind each product. `elsewhere` are the products whose outputs are read by others, too.
+
+        Raises `NotPossible` where there is none.
+        """
+        targets = {product: _target(self.model, product) for product in self.island.products}
+        bare = [(p, name.rpartition(".")[0]) for p, (name, is_bare) in targets.items() if is_bare and p.inputs is not None]
+        if not bare:
+            return [self._proposal(targets, self._rules(targets, elsewhere))]
+        found, problems = [], []
+        owners = {owner for product, owner in bare if not self._whole(product)}
+        around = [place for owner in owners for place in (owner, owner.rpartition(".")[0]) if place and len(owners) == 1]
+        for place in (*around, None):
+            try:
+                if place is None:
+                    names = dict.fromkeys(owner for _, owner in bare)
+                    rules = [*self._rules(targets, elsewhere), *(self._rule(one, "products") for one in names)]
+                    found.append(self._proposal(targets, rules))
+                else:
+                    found.append(self._around(place, targets))
+            except NotPossible as problem:
+                problems.append(problem)
+        if not found:
+            raise problems[0]
+        return found
+
+    def _around(self, place: str, targets: Mapping[Product, tuple[str, bool]]) -> Proposal:
+        """With one sum around the module at `place`: its arguments are whole, and its products all of bare parameters."""
+        inside = {product: target for product, target in targets.items() if product.weight.startswith(f"{place}.")}
+        for product, (name, _) in targets.items():
+            if product in inside and not inside[product][1]:
+                raise NotPossible(f"{name} is a layer beside bare parameters")
+            if product not in inside and not self._whole(product):
+                raise NotPossible(f"{name} lies outside of {place}")
+        if outside := next((name for name in self.island.sliced if not name.startswith(f"{place}.")), None):
+            raise NotPossible(f"{outside} lies outside of {place}")
+        rules = [*self._rules(inside, ()), self._rule(place, "moe_tp_experts")]
+        rules = [rule for rule in rules if rule.pattern.startswith(place)]  # the rest is summed as an argument
+        module, named = self.model.get_submodule(place), {rule.pattern for rule in rules}
+        rules += [
+            Rule(f"{place}.{child}", "moe_identity_expert", "inferred", reason="an expert that returns what it is given")
+            for child, identity in module.named_children()
+            if isinstance(identity, nn.Identity)
+        ]
+        for name, parameter in module.named_parameters(prefix=place):
+            direct = name.rpartition(".")[0] == place
+            if name not in named and not (direct and (parameter.dim() < 2 or "bias" in name.rpartition(".")[2])):
+                rules.append(_summed(self.model, name, self.island))
+        return self._proposal(inside, rules)
+
+    def _rules(self, targets: Mapping[Product, tuple[str, bool]], elsewhere: Collection[Product]) -> list[Rule]:
+        """For the products and parameters; `elsewhere` are the products whose outputs are read by others, too."""
+        island, count = self.island, self.island.count
+        rules: list[Rule] = []
+        for product, (name, bare) in targets.items():
+            whole = self._whole(product)
+            if product in elsewhere:
+                rules.append(_latent(self.model, name, whole, product))
+            elif product.inputs is None and whole:
+                rules.append(_summed(self.model, product.weight, island))
+            else:
+                style, cut = self._styled(product, bare)
+                rules.append(Rule(name, style, "inferred", cut, reason=(SUMMED if whole else COMPUTED).format(count)))
+        for name, (dim, _) in island.sliced.items():
+            rules.append(replace(self._rule(name, _style_along(self.model, name, dim)), cut=self.cut_of[name]))
+        return rules + [_summed(self.model, name, island) for name in island.shared]
+
+    def _styled(self, product: Product, bare: bool) -> tuple[str, Cut]:
+        consumer = product in self.island.consumers
+        dim, fold = (product.inputs, product.input_fold) if consumer else (product.outputs, product.output_fold)
         assert dim is not None
         if bare:
-            style = _style_along(model, product.weight, dim)
+            style = _style_along(self.model, product.weight, dim)
         elif product.inputs == 2:
             style = "stacked_rowwise" if consumer else "stacked_colwise"
         else:
             style = "rowwise" if consumer else "colwise"
-        cut = cut_of[product]
-        assert isinstance(cut, Cut)
-        rules.append(Rule(name, _packed(style, cut), "inferred", cut, reason=SUMMED.format(island.count) if whole else reason))
-    rules += _bare_rules([target for product, target in targets.items() if product.inputs is not None], island)
-    for name, (dim, _) in island.sliced.items():
-        rules.append(Rule(name, _style_along(model, name, dim), "inferred", cut_of[name], reason=reason))
-    rules += [_summed(model, name, island) for name in island.shared]
-    numel = sum(_numel(model, product) for product in island.products if not _whole(island, product))
-    names = tuple(dict.fromkeys(name for name, _ in targets.values()))
-    place = _around(names)
-    kind, widths = type(model.get_submodule(place)).__name__, frozenset(width for cut in found for width in _widths(cut))
-    proposed = Proposal(place, kind, count, tuple(rules), island.products, names, numel)
-    return replace(proposed, groups=island.groups, widths=widths)
+        length = fold.features(self.model.get_parameter(product.weight).shape[dim])
+        cut = unfolded(self.cut_of[product], fold.pieces, fold.inner, length)
+        if cut is None:
+            raise NotPossible(f"parts of {product.weight} end within its dim {dim}")
+        return _packed(style, cut), cut
+
+    def _rule(self, name: str, style: str) -> Rule:
+        return Rule(name, style, "inferred", reason=COMPUTED.format(self.island.count))
+
+    def _proposal(self, targets: Mapping[Product, tuple[str, bool]], rules: Iterable[Rule]) -> Proposal:
+        rules = tuple(rules)
+        numel = sum(self.model.get_parameter(product.weight).numel() for product in targets if not self._whole(product))
+        names = tuple(dict.fromkeys(name for name, _ in targets.values()))
+        place = _around(names)
+        if any(rule.pattern == place.rpartition(".")[0] for rule in rules):  # what is summed around it is its parent
+            place = place.rpartition(".")[0]
+        kind = type(self.model.get_submodule(place)).__name__
+        return Proposal(place, kind, self.island.count, rules, tuple(targets), names, numel)
+
+    def _whole(self, product: Product) -> bool:
+        return product in self.island.producers and set(self.island.producers[product]) == {EVERY}
 
 
 def _aligned(found: list[Cut], count: int, size: int) -> tuple[list[Cut], int]:
@@ -130,14 +216,6 @@ def _coarser(cut: Cut) -> Cut:
 
 def _widths(cut: Cut) -> list[int]:
     return [block.unit for block in cut.blocks if block.spread != "whole"] or [cut.unit]
-
-
-def _whole(island: Island, product: Product) -> bool:
-    return product in island.producers and set(island.producers[product]) == {EVERY}
-
-
-def _numel(model: nn.Module, product: Product) -> int:
-    return model.get_parameter(product.weight).numel()
 
 
 def _target(model: nn.Module, product: Product) -> tuple[str, bool]:
@@ -167,7 +245,7 @@ def _style_along(model: nn.Module, name: str, dim: int) -> str:
 
 
 def _packed(style: str, cut: Cut) -> str:
-    return f"packed_{style}" if cut.blocks and not style.startswith("stacked") else style
+    return f"packed_{style}" if cut.blocks and style in ("colwise", "rowwise") else style
 
 
 def _latent(model: nn.Module, name: str, whole: bool, product: Product) -> Rule:
@@ -177,17 +255,6 @@ def _latent(model: nn.Module, name: str, whole: bool, product: Product) -> Rule:
     if whole and (hasattr(parent, "qk_rope_head_dim") or hasattr(config, "qk_rope_head_dim")):
         return Rule(name, "mla_kv_a_proj", "inferred", reason="a latent, and what all heads read")
     raise NotPossible(f"{product.weight} is read elsewhere, too")
-
-
-def _bare_rules(targets: Iterable[tuple[str, bool]], island: Island) -> list[Rule]:
-    found = list(targets)
-    bare = [name for name, is_bare in found if is_bare]
-    if not bare:
-        return []
-    owners = {name.rpartition(".")[0] for name in bare}
-    if len(owners) > 1 or len(bare) < len(found) or "" in owners:
-        raise NotPossible(f"{bare[0]} belongs to no linear layer, nor do all products of one module")
-    return [Rule(owners.pop(), "moe_tp_experts", "inferred", reason=COMPUTED.format(island.count))]
 
 
 def _summed(model: nn.Module, name: str, island: Island) -> Rule:

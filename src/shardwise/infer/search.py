@@ -23,8 +23,8 @@ from shardwise.infer.simulate import Reference
 from shardwise.layout import local_numbers
 from shardwise.spec import Rule
 
-MOST = 48
-MOST_WIDTHS = 12
+MOST = 24
+MOST_WIDTHS = 8
 """How many ways are tried of one family: with its input as it is, and with one of its parts' width."""
 _MOST_NUMBERS = 7
 _COUNTS: tuple[Counts, ...] = ("parts", "groups", "parts in a group")
@@ -36,7 +36,7 @@ _COLWISE = ("colwise", "packed_colwise")
 Number = tuple[str, str]
 """A number that code reads: a module's name, and the attribute (or "config.name") of it."""
 Counts = Literal["parts", "groups", "parts in a group"]
-"""What a number counts, or features of: what an island falls into, groups of them that share something, or how many share it."""
+"""What a number counts, or features of: parts, groups of them that share something, or how many share it."""
 Local = tuple[tuple[Number, Counts], ...]
 """Numbers that become local, those of all modules of one class alike."""
 
@@ -196,14 +196,12 @@ def _watched(module: nn.Module, path: str, seen: dict[Number, int]) -> Iterator[
             module.__dict__["config"] = config
 
 
-def patched(
-    model: nn.Module, proposals: Iterable[Proposal], chosen: Mapping[tuple[str, str, int], Patch], size: int
-) -> list[Rule]:
-    """The rules of `proposals`, with what their modules need besides."""
+def patched(model: nn.Module, proposals: Iterable[tuple[Proposal, Patch]], size: int) -> list[Rule]:
+    """The rules of `proposals`, each with what its modules need besides."""
+    proposals = list(proposals)
     rules: dict[str, Rule] = {}
-    for proposal in proposals:
+    for proposal, patch in proposals:
         rules |= {rule.pattern: rule for rule in proposal.rules}
-        patch = chosen.get(proposal.family, NONE)
         local: dict[str, dict[str, tuple[int, ...]]] = {proposal.place: {}} if patch.own_bias else {}
         if patch.own_width:
             width = _input_width(model, proposal)
@@ -220,7 +218,7 @@ def patched(
             attributes = {**(known.attributes if known else {}), **attributes}
             reason = f"its code reads these numbers, and {proposal.count} parts are dealt"
             rules[place] = Rule(place, style, "inferred", attributes=attributes, reason=reason)
-    return [*rules.values(), *_norms_outside(model, proposals, rules)]
+    return [*rules.values(), *_norms_outside(model, (proposal for proposal, _ in proposals), rules)]
 
 
 def _norms_outside(model: nn.Module, proposals: Iterable[Proposal], rules: Mapping[str, Rule]) -> Iterator[Rule]:

@@ -17,7 +17,7 @@
 | `all_reduce` | `AllReduceParallel` |
 | `sequence_parallel` | `SequenceParallel` |
 | `sharded_norm`, `sharded_statistics` | `ShardedNorm`, `ShardedStatistics` |
-| `stacked_colwise`, `stacked_rowwise`, `einsum` | `StackedColwise`, `StackedRowwise`, `EinsumParallel` |
+| `stacked_colwise`, `stacked_rowwise`, `products` (`einsum`) | `StackedColwise`, `StackedRowwise`, `BareProducts` |
 | `mla_kv_a_proj`, `mla_kv_a_proj_gather_output` | `MlaKvAProjParallel`, `MlaKvAProjGatherOutput` |
 | `moe_tp_experts`, `moe_identity_expert`, `grouped_gemm`, `ep_router` | `MoeExpertsParallel`, ... |
 | `ep_dispatch_experts`, `ep_all_to_all_experts`, `ep_sorted_experts` | `EpDispatchExperts`, ... |
@@ -93,7 +93,7 @@ from shardwise.layers.sequence import (
     Stream,
 )
 from shardwise.layers.sparse import BlockHeads, SwitchedAttention
-from shardwise.layers.stacked import EinsumParallel, StackedColwise, StackedRowwise
+from shardwise.layers.stacked import BareProducts, StackedColwise, StackedRowwise
 from shardwise.layers.traced import Facts
 from shardwise.layers.width import ColwiseWholeInput, LocalWidth
 
@@ -131,7 +131,8 @@ STYLES: MappingProxyType[str, type[ParallelStyle]] = MappingProxyType(
         "block_heads": BlockHeads,
         "stacked_colwise": StackedColwise,
         "stacked_rowwise": StackedRowwise,
-        "einsum": EinsumParallel,
+        "products": BareProducts,
+        "einsum": BareProducts,
         "agreed_seeds": AgreedSeeds,
         "hashed_heads": HashedHeads,
         "ngram_heads": NgramHeads,
@@ -152,13 +153,13 @@ __all__ = [
     "AgreedSeeds",
     "AllReduceParallel",
     "Axis",
+    "BareProducts",
     "BlockHeads",
     "ColwiseGatherOutput",
     "ColwiseParallel",
     "ColwiseWholeInput",
     "CommonDropout",
     "Cut",
-    "EinsumParallel",
     "EmbeddingColwise",
     "EmbeddingRowwise",
     "EmbeddingStyle",

@@ -1,4 +1,4 @@
-"""Products that no linear layer computes: with stacked matrices, and by einsum with parameters of three dims."""
+"""Products that no linear layer computes: with stacked matrices, and with bare parameters."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
 from shardwise.collectives import copy_to_tp, reduce_from_tp
 from shardwise.layers.base import Cut, ParallelStyle
+from shardwise.layers.operands import PRODUCTS, Einsum, argument, place_of, with_argument
 from shardwise.layers.replicated import LocalParamsParallel
 from shardwise.layout import Layout, Shape
 
@@ -53,13 +55,13 @@ class StackedRowwise(StackedStyle):
         return reduce_from_tp(super().forward(input, *args, **kwargs), self._tp.mesh)
 
 
-class EinsumParallel(LocalParamsParallel):
-    """A module that multiplies by its parameters in einsum, (features, heads, dims), which are cut between heads.
+class BareProducts(LocalParamsParallel):
+    """A module that multiplies by parameters of its own, which are cut: by `x @ weight`, views of it, or in einsum.
 
-    By the letter of the cut dim: one that the product adds makes it column-wise, one that it sums over row-wise.
+    A product whose results run over the cut dim is column-wise, one that sums over it row-wise.
     """
 
-    prefix = "Einsum"
+    prefix = "Products"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with _Products(self):
@@ -70,19 +72,46 @@ class _Products(TorchFunctionMode):
     def __init__(self, module: ParallelStyle) -> None:
         super().__init__()
         self._mesh = module._tp.mesh
-        self._dims: dict[int, int] = {}
+        self._cut: dict[int, tuple[Tensor, int]] = {}
         for name, (layout, shape) in module._tp.layouts.items():
-            if (cut := layout.cut(shape)) is not None:
-                self._dims[id(module._parameters[name])] = cut[0]
+            if (cut := layout.cut(shape)) is not None and (parameter := module._parameters.get(name)) is not None:
+                self._cut[id(parameter)] = parameter, cut[0]
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if function is not torch.einsum or len(args) != 3 or id(args[2]) not in self._dims:
-            return function(*args, **(kwargs or {}))
-        equation, x, weight = args
-        inputs, output = equation.replace(" ", "").split("->")
-        letter = inputs.split(",")[1][self._dims[id(weight)]]
-        read, made = letter in inputs.split(",")[0], letter in output
-        product = function(equation, x if read else copy_to_tp(x, self._mesh), weight)
-        return product if made else reduce_from_tp(product, self._mesh)
+        einsum = Einsum.of(function, args, lambda tensor: id(tensor) in self._cut)
+        if einsum is not None:
+            letter = einsum.letters.weight[self._cut[id(einsum.weight)][1]]
+            entered = copy_to_tp(einsum.x, self._mesh) if letter in einsum.letters.made else einsum.x
+            return self._left(einsum.result(entered), letter in einsum.letters.summed)
+        operands, kwargs = PRODUCTS.get(function), kwargs or {}
+        if operands is None or operands.inputs is None:
+            return function(*args, **kwargs)
+        weight = argument(args, kwargs, operands.weight)
+        known = self._cut.get(id(weight)) or self._cut.get(id(getattr(weight, "_base", None)))
+        if known is None:
+            return function(*args, **kwargs)
+        base, dim = known
+        if _runs_over(weight, operands.outputs, base, dim):
+            x = argument(args, kwargs, operands.x)
+            args, kwargs = with_argument(args, kwargs, operands.x, copy_to_tp(x, self._mesh))
+            return function(*args, **kwargs)
+        return self._rowwise(function, args, kwargs, _runs_over(weight, operands.inputs, base, dim))
+
+    def _rowwise(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Any, summed: bool) -> Any:
+        """A product without its bias, which is added once, after the sum."""
+        if summed and function is torch.addmm:
+            return self._left(torch.mm(argument(args, kwargs, 1), argument(args, kwargs, 2)), summed) + args[0]
+        bias = argument(args, kwargs, 2) if function is linear else None
+        if not summed or bias is None:
+            return self._left(function(*args, **kwargs), summed)
+        return self._left(linear(argument(args, kwargs, 0), argument(args, kwargs, 1)), summed) + bias
+
+    def _left(self, product: Tensor, summed: bool) -> Tensor:
+        return reduce_from_tp(product, self._mesh) if summed else product
+
+
+def _runs_over(view: Tensor, dim: int, base: Tensor, of_base: int) -> bool:
+    found = place_of(view, base, dim)
+    return found is not None and found[0] == of_base

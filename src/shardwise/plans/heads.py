@@ -50,7 +50,7 @@ def xlnet(model: nn.Module, prefix: str, size: int) -> list[Rule]:
     cut = ("q", "k", "v", "r", "o", "seg_embed", "r_w_bias", "r_r_bias", "r_s_bias")
     heads = [name for name, _ in _places(model, "r_w_bias", "seg_embed")]
     return [
-        rule(path, "einsum", "parameters of (features, heads, dims), cut between heads"),
+        rule(path, "products", "parameters of (features, heads, dims), cut between heads"),
         *(Rule(f"{prefix}{name}.{child}", "colwise", "shardwise", Cut(), reason=_WITHOUT) for name in heads for child in cut),
         rule(f"{prefix}layer.*.ff.layer_1", "colwise", _WITHOUT),
         rule(f"{prefix}layer.*.ff.layer_2", "rowwise", _WITHOUT),
