@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 
@@ -19,6 +19,7 @@ from shardwise.infer.simulate import Reference, check
 from shardwise.infer.switched import exchanged, switched
 from shardwise.infer.twins import Twins, find_twins, with_twins
 from shardwise.plan import Plan, wildcard
+from shardwise.plans.torch_modules import encoders
 from shardwise.resolve import resolve
 from shardwise.spec import Rule
 
@@ -175,6 +176,8 @@ class Choice:
             *(rule for tied in ends for rule in tied),
         ]
         rules = with_twins(switched(self.model, self._exchanged, rules), self._twins)
+        heads = {rule.pattern for rule in rules if rule.style == "local_multihead"}
+        rules += [replace(rule, source="inferred") for rule in encoders(self.reference.model, heads, self.size)]
         rules += self._whole({rule.pattern for rule in rules})
         try:
             return rules, check(self.reference, resolve(self.reference.model, rules, self.size))

@@ -13,7 +13,7 @@
 | `local_head_bias`, `local_head_state`, `local_state` | `LocalHeadBias`, `LocalHeadState`, `LocalState` |
 | `hashed_heads`, `agreed_seeds`, `ngram_heads` | `HashedHeads`, `AgreedSeeds`, `NgramHeads` |
 | `switched_attention`, `block_heads` | `SwitchedAttention`, `BlockHeads` |
-| `local_width`, `colwise_whole_input` | `LocalWidth`, `ColwiseWholeInput` |
+| `local_width`, `colwise_whole_input`, `local_multihead` | `LocalWidth`, `ColwiseWholeInput`, `LocalMultihead` |
 | `all_reduce` | `AllReduceParallel` |
 | `sequence_parallel` | `SequenceParallel` |
 | `sharded_norm`, `sharded_statistics` | `ShardedNorm`, `ShardedStatistics` |
@@ -69,6 +69,7 @@ from shardwise.layers.linear import (
     is_product,
     stores_transposed,
 )
+from shardwise.layers.multihead import LocalMultihead
 from shardwise.layers.norm import ShardedNorm, ShardedStatistics
 from shardwise.layers.overlap import OverlappedLinear, OverlappedRegion
 from shardwise.layers.recurrent import LocalHeadState, LocalState
@@ -137,6 +138,7 @@ STYLES: MappingProxyType[str, type[ParallelStyle]] = MappingProxyType(
         "hashed_heads": HashedHeads,
         "ngram_heads": NgramHeads,
         "local_head_bias": LocalHeadBias,
+        "local_multihead": LocalMultihead,
         "local_width": LocalWidth,
         "colwise_whole_input": ColwiseWholeInput,
         "grouped_gemm": GroupedGemm,
@@ -178,6 +180,7 @@ __all__ = [
     "LocalHeadBias",
     "LocalHeadState",
     "LocalMixer",
+    "LocalMultihead",
     "LocalParamsParallel",
     "LocalRows",
     "LocalState",

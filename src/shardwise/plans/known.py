@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from shardwise.plans import decoders, delta, doge, gemma3n, lightning, mixers, normed, recurrent, xlstm
+from shardwise.plans import decoders, delta, doge, gemma3n, lightning, mixers, normed, recurrent, torch_modules, xlstm
 from shardwise.spec import Rule
 
 _KNOWN = (
@@ -19,6 +19,7 @@ _KNOWN = (
     normed.attention,
     normed.mlp,
     gemma3n.streams,
+    torch_modules.attention,
 )
 
 
