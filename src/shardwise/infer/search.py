@@ -49,17 +49,17 @@ class Patch:
         numbers: those that become local, and what they count; modules by their path inside of the one around the proposal's
             products.
         own_bias: of a position bias of all heads that it is handed, the module around them takes those of its own.
-        own_width: the module around them takes its width from its input, which is handed to it with that of its own parts.
+        width: of its input, from which the module around them takes that of its own parts; 0 where it does not.
     """
 
     numbers: Local = ()
     own_bias: bool = False
-    own_width: bool = False
+    width: int = 0
 
     @property
     def style(self) -> str | None:
         """What becomes of the module around the products; None where numbers are all."""
-        return "local_head_bias" if self.own_bias else "local_width" if self.own_width else None
+        return "local_head_bias" if self.own_bias else "local_width" if self.width else None
 
 
 NONE = Patch()
@@ -71,14 +71,16 @@ def patches(reference: Reference, proposal: Proposal, size: int) -> Iterator[Pat
         yield NONE
         return
     module = reference.model.get_submodule(proposal.place)
-    read, biased = numbers_read(reference, proposal)
+    read, given = numbers_read(reference, proposal)
     alike: dict[tuple[type[nn.Module], str], list[Number]] = {}
     for path, name in read:
         alike.setdefault((type(module.get_submodule(path)), name), []).append((path, name))
     ways = _ways([(numbers, {read[number] for number in numbers}) for numbers in alike.values()], proposal, size)
-    yield from islice((Patch(way, own_bias) for way in ways for own_bias in ((False, True) if biased else (False,))), MOST)
-    if _input_width(reference.model, proposal):
-        yield from (Patch(way, own_width=True) for way in ways[:MOST_WIDTHS])
+    yield from islice(
+        (Patch(way, own_bias) for way in ways for own_bias in ((False, True) if given.biased else (False,))), MOST
+    )
+    if given.width and given.width % proposal.count == 0:
+        yield from (Patch(way, width=given.width) for way in ways[:MOST_WIDTHS])
 
 
 def _ways(read: Sequence[tuple[Sequence[Number], set[int]]], proposal: Proposal, size: int) -> list[Local]:
@@ -129,18 +131,29 @@ def _local(value: int, counts: Counts, proposal: Proposal, size: int) -> tuple[i
     return (value // proposal.groups if counts == "groups" else value * proposal.groups // size,) * size
 
 
-def numbers_read(reference: Reference, proposal: Proposal) -> tuple[dict[Number, int], bool]:
+@dataclass(frozen=True)
+class Given:
+    """What a module is called with: whether with a position bias of all heads, and the width of its input, if it has one."""
+
+    biased: bool
+    width: int
+
+
+def numbers_read(reference: Reference, proposal: Proposal) -> tuple[dict[Number, int], Given]:
     """The integers of the modules around a proposal's products, and of their configs, that code reads in a forward pass; and
-    whether it is handed a position bias of all heads.
+    what the module around all of them is called with.
     """
     seen: dict[Number, int] = {}
     biases: list[bool] = []
+    widths: list[int] = []
     place = reference.model.get_submodule(proposal.place)
     names = list(signature(type(place).forward).parameters)[1:]
 
     def look(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         given = dict(zip(names, args, strict=False)) | kwargs
         biases.extend(_has_heads(given.get(name), name) for name in _BIASES)
+        first = next(iter(given.values()), None)
+        widths.append(first.shape[-1] if isinstance(first, Tensor) and first.dim() and first.is_floating_point() else 0)
 
     with ExitStack() as stack:
         stack.callback(place.register_forward_pre_hook(look, with_kwargs=True).remove)
@@ -150,7 +163,7 @@ def numbers_read(reference: Reference, proposal: Proposal) -> tuple[dict[Number,
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             floats(reference.model, reference.feeds[0])
-    return seen, any(biases)
+    return seen, Given(any(biases), widths[0] if len(set(widths)) == 1 else 0)
 
 
 def _has_heads(given: object, name: str) -> bool:
@@ -203,11 +216,8 @@ def patched(model: nn.Module, proposals: Iterable[tuple[Proposal, Patch]], size:
     for proposal, patch in proposals:
         rules |= {rule.pattern: rule for rule in proposal.rules}
         local: dict[str, dict[str, tuple[int, ...]]] = {proposal.place: {}} if patch.own_bias else {}
-        if patch.own_width:
-            width = _input_width(model, proposal)
-            local[proposal.place] = {"input_width": local_numbers(width, proposal.count, size)}
-            inside = [rule for rule in proposal.rules if rule.style in _COLWISE]
-            rules |= {rule.pattern: replace(rule, style="colwise_whole_input") for rule in inside}
+        if patch.width:
+            local[proposal.place] = {"input_width": local_numbers(patch.width, proposal.count, size)}
         for (path, name), counts in patch.numbers:
             place = f"{proposal.place}.{path}".strip(".")
             value = _read(model.get_submodule(place), name)
@@ -218,6 +228,10 @@ def patched(model: nn.Module, proposals: Iterable[tuple[Proposal, Patch]], size:
             attributes = {**(known.attributes if known else {}), **attributes}
             reason = f"its code reads these numbers, and {proposal.count} parts are dealt"
             rules[place] = Rule(place, style, "inferred", attributes=attributes, reason=reason)
+    around = [f"{proposal.place}.".lstrip(".") for proposal, patch in proposals if patch.width]
+    for rule in list(rules.values()):
+        if rule.style in _COLWISE and any(rule.pattern.startswith(place) for place in around):
+            rules[rule.pattern] = replace(rule, style="colwise_whole_input")
     return [*rules.values(), *_norms_outside(model, (proposal for proposal, _ in proposals), rules)]
 
 
@@ -231,15 +245,6 @@ def _norms_outside(model: nn.Module, proposals: Iterable[Proposal], rules: Mappi
             name = f"{place}.{child}"
             if "norm" in child and name not in rules and f"{name}.weight" not in rules and not norm._modules:
                 yield Rule(name, "replicate", "inferred", reason="what it normalises is whole")
-
-
-def _input_width(model: nn.Module, proposal: Proposal) -> int:
-    """The features that all column-wise layers of a proposal read, where its parts can have as many each; else 0."""
-    modules = dict(model.named_modules())  # rules name parameters, too
-    layers = [modules.get(rule.pattern) for rule in proposal.rules if rule.style in _COLWISE]
-    widths = {module.in_features for module in layers if isinstance(module, nn.Linear)}
-    width = widths.pop() if len(widths) == 1 else 0
-    return width if width % proposal.count == 0 else 0
 
 
 def _read(module: nn.Module, name: str) -> int:
