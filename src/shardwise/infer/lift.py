@@ -20,11 +20,12 @@ def lifted(rules: Iterable[Rule], tried: nn.Module, model: nn.Module) -> list[Ru
 
     Raises `PlanError` for a layer to which none in `tried` is alike.
     """
-    inside: dict[str, dict[str, Rule]] = {}
+    like = _like(tried, model)
+    layers, inside = set(like.values()), dict[str, dict[str, Rule]]()
     for rule in rules:
         layer = layer_of(rule.pattern)
+        layer = layer if layer in layers else ""  # a number in a list of parameters is no layer
         inside.setdefault(layer, {})[rule.pattern.removeprefix(layer)] = rule
-    like = _like(tried, model)
     found = {
         layer + rest: replace(rule, pattern=layer + rest)
         for layer, other in like.items()

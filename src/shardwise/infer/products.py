@@ -226,23 +226,20 @@ class Trace(Products):
 
     def _einsum(self, call: EinsumCall) -> Tensor | None:
         letters, weight = call.letters, call.weight
-        summed, made = letters.summed, letters.made
-        apart = len(set(letters.weight)) == len(letters.weight) == len(summed + made)
-        if weight.is_meta or not (summed and made and apart and summed in letters.weight and made in letters.weight):
+        summed, made = letters.run(letters.summed), letters.run(letters.made)
+        names = (letters.x, letters.weight, letters.output)
+        if weight.is_meta or not (summed and made) or any(len(set(one)) < len(one) for one in names):
             return None
-        others = "".join(letter for letter in letters.x if letter not in summed)
-        if set(others) != set(letters.output) - set(made):
-            return None
-        result = call.result(call.x.detach()).detach()
-        y = torch.einsum(f"{letters.output}->{others}{made}", result).flatten(len(others))
-        leaf = self._perturbed(y).requires_grad_()
-        x = torch.einsum(f"{letters.x}->{others}{summed}", call.x).flatten(len(others))
+        around_x, around_y = _without(letters.x, summed), _without(letters.output, made)
+        y = torch.einsum(f"{letters.output}->{around_y}{made}", call.result(call.x.detach()).detach())
+        leaf = self._perturbed(y.flatten(len(around_y))).requires_grad_()
+        x = torch.einsum(f"{letters.x}->{around_x}{summed}", call.x).flatten(len(around_x))
         lengths = dict(zip(letters.weight, weight.shape, strict=True))
         inner = [Fold(inner=prod(lengths[letter] for letter in side[1:])) for side in (summed, made)]
         product = Product(self._names[id(weight)], letters.weight.index(summed[0]), letters.weight.index(made[0]), *inner)
         self._calls.append(Call(product, x, leaf, 0, 0))
         as_made = leaf.clone().unflatten(-1, [lengths[letter] for letter in made])
-        return torch.einsum(f"{others}{made}->{letters.output}", as_made)
+        return torch.einsum(f"{around_y}{made}->{letters.output}", as_made)
 
     @property
     def calls(self) -> list[Call]:
@@ -285,6 +282,10 @@ class Trace(Products):
         if result[..., 0].numel() <= FEW:
             return (result.abs() + noise.abs()) * self._signs(result.shape).to(result)
         return result * torch.randn(result.shape, generator=self._generator).to(result).sign() + noise
+
+
+def _without(letters: str, some: str) -> str:
+    return "".join(letter for letter in letters if letter not in some)
 
 
 def _folded(call: Call, inputs: int, outputs: int) -> Call:

@@ -106,7 +106,7 @@ class _Draft:
         Raises `NotPossible` where there is none.
         """
         targets = {product: _target(self.model, product) for product in self.island.products}
-        bare = [(p, name.rpartition(".")[0]) for p, (name, is_bare) in targets.items() if is_bare and p.inputs is not None]
+        bare = [(p, _runner(self.model, name)) for p, (name, is_bare) in targets.items() if is_bare and p.inputs is not None]
         if not bare:
             return [self._proposal(targets, self._rules(targets, elsewhere))]
         found, problems = [], []
@@ -115,8 +115,7 @@ class _Draft:
         for place in (*around, None):
             try:
                 if place is None:
-                    names = dict.fromkeys(owner for _, owner in bare)
-                    rules = [*self._rules(targets, elsewhere), *(self._rule(one, "products") for one in names)]
+                    rules = [*self._rules(targets, elsewhere), *self._at_products(bare)]
                     found.append(self._proposal(targets, rules))
                 else:
                     found.append(self._around(place, targets))
@@ -125,6 +124,14 @@ class _Draft:
         if not found:
             raise problems[0]
         return found
+
+    def _at_products(self, bare: Iterable[tuple[Product, str]]) -> Iterable[Rule]:
+        """With a sum at each product, in the modules whose code multiplies."""
+        for product, runner in bare:
+            yield self._rule(runner, "products")
+            owner = product.weight.rpartition(".")[0]
+            if owner != runner:
+                yield self._rule(owner, "local_params")
 
     def _around(self, place: str, targets: Mapping[Product, tuple[str, bool]]) -> Proposal:
         """With one sum around the module at `place`: its arguments are whole, and its products all of bare parameters."""
@@ -255,6 +262,14 @@ def _latent(model: nn.Module, name: str, whole: bool, product: Product) -> Rule:
     if whole and (hasattr(parent, "qk_rope_head_dim") or hasattr(config, "qk_rope_head_dim")):
         return Rule(name, "mla_kv_a_proj", "inferred", reason="a latent, and what all heads read")
     raise NotPossible(f"{product.weight} is read elsewhere, too")
+
+
+def _runner(model: nn.Module, name: str) -> str:
+    """The module whose code multiplies by the parameter called `name`: its owner, or what has a list of parameters."""
+    owner = name.rpartition(".")[0]
+    while isinstance(model.get_submodule(owner), nn.ParameterList | nn.ParameterDict):
+        owner = owner.rpartition(".")[0]
+    return owner
 
 
 def _summed(model: nn.Module, name: str, island: Island) -> Rule:

@@ -111,6 +111,16 @@ class Einsum:
         """Of the parameter, what the result has and the activations have not."""
         return "".join(letter for letter in self.weight if letter in self.output and letter not in self.x)
 
+    def run(self, letters: str) -> str:
+        """Of some of the parameter's letters, the last ones that are neighbours in it."""
+        found = ""
+        for letter in reversed(self.weight):
+            if letter in letters:
+                found = letter + found
+            elif found:
+                break
+        return found
+
 
 @dataclass(frozen=True, slots=True)
 class EinsumCall:

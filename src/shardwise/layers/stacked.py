@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
 from shardwise.collectives import copy_to_tp, reduce_from_tp
-from shardwise.layers.base import Cut, ParallelStyle
+from shardwise.layers.base import Cut, ParallelStyle, is_parallel
 from shardwise.layers.operands import PRODUCTS, Einsum, argument, place_of, with_argument
 from shardwise.layers.replicated import LocalParamsParallel
 from shardwise.layout import Layout, Shape
@@ -73,9 +73,13 @@ class _Products(TorchFunctionMode):
         super().__init__()
         self._mesh = module._tp.mesh
         self._cut: dict[int, tuple[Tensor, int]] = {}
-        for name, (layout, shape) in module._tp.layouts.items():
-            if (cut := layout.cut(shape)) is not None and (parameter := module._parameters.get(name)) is not None:
-                self._cut[id(parameter)] = parameter, cut[0]
+        lists = [child for child in module.children() if isinstance(child, nn.ParameterList | nn.ParameterDict)]
+        for one in (module, *lists):
+            state: Any = one._tp if is_parallel(one) else None
+            layouts = state.layouts if state is not None else {}
+            for name, (layout, shape) in layouts.items():
+                if (cut := layout.cut(shape)) is not None and (parameter := one._parameters.get(name)) is not None:
+                    self._cut[id(parameter)] = parameter, cut[0]
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
