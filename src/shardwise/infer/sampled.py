@@ -90,9 +90,9 @@ def read_blocks(ask: Ask, width: int, unit: int | None = None) -> Reads:
 
 
 def _unit(ask: Ask, width: int) -> int:
-    """After how many inputs the first one's block ends: there the inputs have less than half of the first one's outputs, apart
-    from those that all have (one head's features have all of its queries, and each another value). The width, where it never
-    does.
+    """After how many inputs the first one's block ends: there the inputs lack more than a quarter of the first one's outputs,
+    apart from those that all have (one head's features have all of its queries, and each another value; of the next head's
+    outputs, the keys of a group may be the same). The width, where they never do.
     """
     lengths = [part for part in range(1, width) if width % part == 0]
     places = sorted({0, width - 1, *lengths, *(length - 1 for length in lengths)})
@@ -101,7 +101,7 @@ def _unit(ask: Ask, width: int) -> int:
     own = touched[0] & ~touched.all(0)
     if not bool(own.any()):
         return width
-    return next((length for length in lengths if (touched[places.index(length)] & own).sum() * 2 < own.sum()), width)
+    return next((length for length in lengths if (touched[places.index(length)] & own).sum() * 4 < own.sum() * 3), width)
 
 
 def _read_coded(ask: Ask, width: int, unit: int) -> Reads | None:
