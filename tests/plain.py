@@ -60,9 +60,9 @@ class HeadByHead(nn.Module):
 class GroupedAttention(nn.Module):
     """Attention as in Llama: fewer heads of keys and values, and norms of queries and keys."""
 
-    def __init__(self) -> None:
+    def __init__(self, heads: int = HEADS) -> None:
         super().__init__()
-        self.n_heads, self.n_kv, self.head_dim = HEADS, 2, WIDTH // HEADS
+        self.n_heads, self.n_kv, self.head_dim = heads, 2, WIDTH // heads
         self.wq, self.wo = nn.Linear(WIDTH, WIDTH, bias=False), nn.Linear(WIDTH, WIDTH, bias=False)
         self.wk, self.wv = (nn.Linear(WIDTH, self.n_kv * self.head_dim, bias=False) for _ in range(2))
         self.q_norm, self.k_norm = nn.RMSNorm(self.head_dim), nn.RMSNorm(self.head_dim)
@@ -74,6 +74,88 @@ class GroupedAttention(nn.Module):
         v = self.wv(x).view(b, n, self.n_kv, self.head_dim).transpose(1, 2)
         k, v = (part.repeat_interleave(self.n_heads // self.n_kv, dim=1) for part in (k, v))
         return self.wo(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(b, n, -1))
+
+
+class SharedKeys(GroupedAttention):
+    """Two heads of keys and values for eight of queries."""
+
+    def __init__(self) -> None:
+        super().__init__(heads=8)
+
+
+class Inline(nn.Module):
+    """A block in one module: attention that takes its width from its input, which it adds itself, and an MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.out = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.up, self.down, self.heads = nn.Linear(WIDTH, 80), nn.Linear(80, WIDTH), HEADS
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        b, n, c = h.shape
+        q, k, v = self.qkv(h).reshape(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(b, n, c))
+        return x + self.down(F.gelu(self.up(x)))
+
+
+class TorchAttention(nn.Module):
+    """torch's own attention, with a mask for each head, padding, and the weights of all heads in its output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.MultiheadAttention(WIDTH, HEADS, kdim=20, vdim=20, add_bias_kv=True, add_zero_attn=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, b, _ = x.shape
+        memory = x[:4, :, :20]
+        mask = (torch.arange(b * HEADS * n * 4) % 3 == 0).view(b * HEADS, n, 4)
+        padding = torch.arange(4).expand(b, 4) > 2 + torch.arange(b)[:, None]
+        found, weights = self.inner(x, memory, memory, padding, attn_mask=mask, average_attn_weights=False)
+        return x + found + weights.mean((1, 2, 3))[None, :, None]
+
+
+class TorchLayers(nn.Module):
+    """torch's own encoder, which in evaluation calls a fused kernel, and hands nested tensors on where there is padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 80, dropout=0.0, batch_first=True)
+        self.inner = nn.TransformerEncoder(layer, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        padding = torch.arange(x.shape[1]).expand(x.shape[:2]) > 5
+        return self.inner(x, src_key_padding_mask=padding).masked_fill(padding[..., None], 0)
+
+
+class StackedMixture(nn.Module):
+    """Experts in one parameter, multiplied by in einsum, and their router."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(WIDTH, 4)
+        self.up, self.down = (nn.Parameter(torch.randn(4, *shape) * 0.1) for shape in ((WIDTH, 40), (40, WIDTH)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.router(x).softmax(-1)
+        hidden = F.gelu(torch.einsum("bnd,edf->benf", x, self.up))
+        return torch.einsum("bend,bne->bnd", torch.einsum("benf,efd->bend", hidden, self.down), weights)
+
+
+class Listed(nn.Module):
+    """An MLP whose matrices are in a list, and one that reads its matrices in halves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.weights = nn.LayerNorm(WIDTH), nn.ParameterList()
+        self.weights.extend([torch.randn(WIDTH, 80) * 0.1, torch.randn(80, WIDTH) * 0.1])
+        self.up, self.down = (nn.Parameter(torch.randn(80, WIDTH) * 0.1) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x + F.gelu(x @ self.weights[0]) @ self.weights[1])
+        for up, down in zip(self.up.chunk(2), self.down.chunk(2), strict=True):
+            x = x + F.linear(x, up).relu() @ down
+        return x
 
 
 class Gated(nn.Module):
@@ -179,5 +261,13 @@ CASES = {
     "mixture": Case(lambda: GPT(GroupedAttention, Mixture), "ids", (2, 9), 0.95, frozenset({"colwise", "rowwise"})),
     "head by head": Case(lambda: GPT(HeadByHead, Gated), "ids", (2, 9), 0.96, frozenset({"colwise_gather_output"})),
     "ViT": Case(ViT, "images", (2, 3, 16, 16), 0.9, WIDTH_STYLES),
+    "inline": Case(lambda: GPT(Inline, Gated), "ids", (2, 9), 0.96, WIDTH_STYLES),
+    "shared keys": Case(
+        lambda: GPT(lambda: GroupedAttention(8), Gated), "ids", (2, 9), 0.96, frozenset({"colwise", "rowwise"})
+    ),
+    "torch attention": Case(TorchAttention, "x", (9, 2, WIDTH), 0.95, frozenset({"local_multihead"})),
+    "torch layers": Case(TorchLayers, "x", (2, 9, WIDTH), 0.95, frozenset({"local_multihead"})),
+    "stacked mixture": Case(StackedMixture, "x", (2, 9, WIDTH), 0.95, frozenset({"products"})),
+    "listed": Case(Listed, "x", (2, 9, WIDTH), 0.95, frozenset({"products"})),
     "layers": Case(Layers, "x", (4, 32), 0.95, frozenset({"colwise", "rowwise"})),
 }
