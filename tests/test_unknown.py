@@ -32,13 +32,13 @@ def test_a_plan_is_inferred(bert, caplog):
         plan = shardwise.plan(bert, 2)
     assert list(plan) == list(shardwise.infer_plan(bert, 2))
     assert "BertLMHeadModel brings no plan: one was inferred" in caplog.text
-    assert "It cuts 98 % of the model" in caplog.text
+    assert "The plan cuts 98 % of the model" in caplog.text
 
 
 def test_less_than_half_is_refused(bert, monkeypatch):
     """Guards: "auto" on many devices with most of the model on each; an error without the way out."""
     monkeypatch.setattr(unknown, "LEAST", 0.99)
-    with pytest.raises(PlanError, match=r'(?s)inferred cuts 98% of it alone.*whole.*tp_plan="infer"'):
+    with pytest.raises(PlanError, match=r'(?s)which cuts 98% of it alone.*whole.*tp_plan="infer"'):
         shardwise.plan(bert, 2)
     assert shardwise.plan(bert, 2, "infer").size == 2
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -124,17 +125,22 @@ def test_the_tower_stays_whole_by_name(llava):
     assert "model.vision_tower.encoder.layers.*.mlp.fc1.weight" in str(plan)
 
 
-def test_a_text_model_without_a_plan_is_refused(monkeypatch):
-    """Guards: a text model that every rank keeps whole because the tower is large and allowed to be whole."""
+def test_a_text_model_without_a_plan(monkeypatch):
+    """Guards: a text model that every rank keeps whole because the tower is large and allowed to be whole: what the head's rule
+    leaves is inferred, in the text model and in the tower.
+    """
     monkeypatch.setattr(plans, "CORRECTIONS", {})
-    tower = {"model_type": "clip_vision_model", **SMALL, "hidden_size": 256, "intermediate_size": 1024}
+    tower = {"model_type": "clip_vision_model", **SMALL, "image_size": 28, "patch_size": 14}
     config = AutoConfig.for_model(
-        "llava", text_config={"model_type": "bitnet", "vocab_size": 512, **SMALL}, vision_config=tower
+        "llava", text_config={"model_type": "persimmon", "vocab_size": 512, **SMALL}, vision_config=tower
     )
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
-    with pytest.raises(PlanError, match="no rule names these matrices"):
-        shardwise.plan(model, 2)
+    plan = shardwise.plan(model, 2)
+    sources = {row.name: row.rule.source for row in plan if row.sharded}
+    assert sources["model.language_model.layers.1.mlp.dense_h_to_4h.weight"] == "inferred"
+    assert sources["model.vision_tower.encoder.layers.1.mlp.fc1.weight"] == "inferred"
+    assert sources["lm_head.weight"] != "inferred"
 
 
 def test_a_second_text_model_is_no_tower(llava):
@@ -146,13 +152,17 @@ def test_a_second_text_model_is_no_tower(llava):
     assert "vision_tower" not in str(caught.value)
 
 
-def test_a_head_beside_a_text_model_is_no_tower():
-    """Guards: a model that is no wrapper: what no rule names in it is no tower."""
-    config = AutoConfig.for_model("llama", vocab_size=64, num_labels=4096, **SMALL)
+def test_a_head_beside_a_text_model_is_no_tower(caplog):
+    """Guards: a model that is no wrapper: what no rule names in it is no tower, that stays whole, but inferred."""
+    config = AutoConfig.for_model("llama", vocab_size=64, num_labels=4096, pad_token_id=0, **SMALL)
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(config)
-    with pytest.raises(PlanError, match="score"):
-        shardwise.plan(model, 2)
+    with caplog.at_level(logging.WARNING):
+        plan = shardwise.plan(model, 2)
+    assert "that for score.weight was inferred, and proven" in caplog.text
+    assert plan["score.weight"].rule.style == "colwise_gather_output"
+    alone = shardwise.plan(model.model, 2)
+    assert all(alone[row.name.removeprefix("model.")].layout == row.layout for row in plan if row.name.startswith("model."))
 
 
 def test_a_rule_of_the_users_for_the_tower_holds(llava):

@@ -25,7 +25,7 @@ from shardwise.hf import (
     model_rules,
     origin_of,
 )
-from shardwise.infer import LEAST, cut_share, infer_plan, plan_unknown
+from shardwise.infer import LEAST, cut_share, infer_plan, plan_rest, plan_unknown
 from shardwise.layers import ColwiseParallel, Stream
 from shardwise.layers.registry import style_named
 from shardwise.mesh import expert_axis, local_device, tp_mesh
@@ -57,9 +57,10 @@ def make_plan(
             the causal LM, or the model around one that reads images or sounds.
         tp_size: ranks on the tp axis.
         plan: `"auto"` for the model's own plan with our corrections; where there is none, or a lesser one, for the one that is
-            frozen for its type, or else `"infer"`. `"infer"` for one that is found from what the model computes, and proven
-            (see `shardwise.infer_plan`); a dict of pattern: style, merged over the model's own; a `Plan`; or the path of a file
-            that `Plan.save` wrote, ending in ".json" (or of such a dict).
+            frozen for its type, or else `"infer"`; what the model's own leaves out is inferred beside it. `"infer"` for one
+            that is found from what the model computes, and proven (see `shardwise.infer_plan`); a dict of pattern: style,
+            merged over the model's own; a `Plan`; or the path of a file that `Plan.save` wrote, ending in ".json" (or of such
+            a dict).
         ep_size: ranks over which experts are dealt: `tp_size`, or a multiple of it; None to split every expert instead.
 
     Raises `PlanError` where it can't be done, naming the module, the numbers and the rule.
@@ -80,7 +81,8 @@ def make_plan(
     rules = _user_rules(model, plan)
     _check_experts(model, tp_size, ep_size, rules)
     brought = model_rules(model, tp_size, expert_parallel=ep_size is not None)
-    if plan == "auto" and tp_size > 1 and ep_size is None and isinstance(model, PreTrainedModel):
+    infers = plan == "auto" and tp_size > 1 and ep_size is None and isinstance(model, PreTrainedModel)
+    if infers:
         if (kept := _frozen(model, tp_size)) is not None:
             return kept
         if not brought:
@@ -89,9 +91,13 @@ def make_plan(
     if tp_size == 1:
         rules = [rule for rule in rules if rule.source == "user" or style_named(rule.style, str(rule)).axis == "ep"]
     table = resolve(model, rules, tp_size, ep_size)
-    if tp_size > 1:
+    try:
         check_coverage(model, table)
-        check_head(model, table)
+    except PlanError as problem:
+        if not infers:
+            raise
+        return plan_rest(model, tp_size, rules, problem)
+    check_head(model, table)
     return replace(table, origin=origin_of(model))
 
 

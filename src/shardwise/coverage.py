@@ -13,14 +13,16 @@ LARGE = 0.10
 
 def check_coverage(model: nn.Module, plan: Plan) -> None:
     """Raise `PlanError` when matrices that no rule names would take much memory on every rank, or when nothing at all is
-    cut.
+    cut. One rank holds everything in any case.
     """
+    if plan.size == 1:
+        return
     whole: dict[str, int] = {}
     for row in plan.tensors:
         if not row.sharded and not row.buffer and row.rule is None and len(row.shape) > 1:
             whole[wildcard(row.name)] = whole.get(wildcard(row.name), 0) + row.bytes
     large = sorted((name for name, size in whole.items() if size > LARGE * plan.full_bytes), key=lambda name: -whole[name])
-    nothing = plan.size > 1 and not any(row.sharded for row in plan.tensors)
+    nothing = not any(row.sharded for row in plan.tensors)
     if not large and not nothing:
         return
     found = [f"{name}: {whole[name] / 2**20:.2f} MiB, {whole[name] / plan.full_bytes:.0%} of the model" for name in large[:8]]

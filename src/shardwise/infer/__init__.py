@@ -14,14 +14,14 @@
 | `plan`, `prove` | what is called |
 | `subject`, `values`, `feeds` | what plans are tried out on |
 | `switched` | modules that a model exchanges for others |
-| `unknown` | what `tp_plan="auto"` does of a model without a plan |
+| `unknown`, `named` | what `tp_plan="auto"` does of a model without a plan, or with one for a part of it |
 """
 
 from shardwise.infer.choose import Inference
 from shardwise.infer.plan import infer, infer_plan
 from shardwise.infer.proof import Island, Proof
 from shardwise.infer.prove import examine, facts, prove
-from shardwise.infer.unknown import LEAST, cut_share, plan_unknown
+from shardwise.infer.unknown import LEAST, cut_share, plan_rest, plan_unknown
 
 __all__ = [
     "LEAST",
@@ -33,6 +33,7 @@ __all__ = [
     "facts",
     "infer",
     "infer_plan",
+    "plan_rest",
     "plan_unknown",
     "prove",
 ]

@@ -12,6 +12,7 @@ from torch import nn
 from shardwise.errors import PlanError
 from shardwise.infer.ends import gathered
 from shardwise.infer.lift import lifted
+from shardwise.infer.named import Named
 from shardwise.infer.proof import Proof
 from shardwise.infer.proposals import Proposal
 from shardwise.infer.search import NONE, Patch, patched, patches
@@ -54,6 +55,7 @@ class Choice:
         proposals: rules for the islands of the model.
         ends: rules for its vocabulary, those of one tied parameter together.
         left: why what stays whole does, by name; what fails here is added.
+        named: rules that hold whatever is found.
     """
 
     model: nn.Module
@@ -62,6 +64,7 @@ class Choice:
     proposals: list[Proposal]
     ends: list[list[Rule]]
     left: dict[str, str]
+    named: Named = field(default_factory=Named)
     chosen: dict[Family, Patch] = field(default_factory=dict)
     ways: dict[Family, int] = field(default_factory=dict)
 
@@ -92,7 +95,7 @@ class Choice:
         return exchanged(self.model, self.reference.model)
 
     def _plan(self, rules: Sequence[Rule]) -> Plan:
-        return resolve(self.model, lifted(rules, self.reference.model, self.model), self.size)
+        return resolve(self.model, [*self.named.rules, *lifted(rules, self.reference.model, self.model)], self.size)
 
     def _gather(
         self, kept: Sequence[Family], ends: list[list[Rule]], rules: list[Rule], proof: Proof
@@ -102,6 +105,7 @@ class Choice:
         found = [
             [rule for rule in family if rule.pattern in there]
             for family in gathered(self.model, self._plan(rules), self.size, self.left)
+            if not self.named.touches(rule.pattern for rule in family)
         ]
         for more in ([rule for family in found for rule in family], *found) if len(found) > 1 else found:
             tried = self._try(kept, [*ends, more])
@@ -114,6 +118,8 @@ class Choice:
     def _one_by_one(
         self, families: Mapping[Family, list[Proposal]]
     ) -> tuple[list[Family], list[list[Rule]], list[Rule], Proof]:
+        if self.named.rules and not (proof := self._try([], [])[1]):
+            raise PlanError(f"{type(self.model).__name__}: the rules that it brings are wrong: {proof.problem}.")
         kept = [family for alike in self._alike(families) for family in self._passing(alike, families)]
         ends = [rules for rules in self.ends if self._end_passes(rules)]
         while True:
@@ -180,7 +186,7 @@ class Choice:
         rules += [replace(rule, source="inferred") for rule in encoders(self.reference.model, heads, self.size)]
         rules += self._whole({rule.pattern for rule in rules})
         try:
-            return rules, check(self.reference, resolve(self.reference.model, rules, self.size))
+            return rules, check(self.reference, resolve(self.reference.model, [*self.named.rules, *rules], self.size))
         except PlanError as error:
             return rules, Proof.failed(self.size, str(error).splitlines()[0])
 
@@ -190,7 +196,7 @@ class Choice:
         for name, module in self.reference.model.named_modules():
             places = [name] if isinstance(module, nn.Linear | nn.Embedding) else []
             places += [f"{name}.{child}" for child, p in module._parameters.items() if p is not None and p.dim() > 2]
-            for place in (place for place in places if place not in named):
+            for place in (place for place in places if place not in named and not self.named.touches([place])):
                 if (why := self.left.get(wildcard(place))) is not None:
                     found.append(Rule(place, "replicate", "inferred", reason=why))
         return found

@@ -16,6 +16,7 @@ from shardwise.infer.choose import Choice, Inference
 from shardwise.infer.ends import end_rules
 from shardwise.infer.feeds import floats
 from shardwise.infer.known import known_proposals, outside
+from shardwise.infer.named import Named
 from shardwise.infer.probe import Probe
 from shardwise.infer.products import Product, Trace
 from shardwise.infer.proposals import NotPossible, Proposal, propose
@@ -54,8 +55,11 @@ def infer(
     model_or_config: nn.Module | PreTrainedConfig,
     tp_size: int | None = None,
     example_inputs: Feed | Sequence[Feed] | None = None,
+    given: Sequence[Rule] = (),
 ) -> Inference:
-    """As `infer_plan`, with the proof, and what became of each part."""
+    """As `infer_plan`, with the proof, and what became of each part. What the rules `given` name stays as they say; they are
+    proven together with the rest, and what is wrong already with them alone is raised as `PlanError`.
+    """
     tp_size = started_ranks(otherwise=2) if tp_size is None else tp_size
     if tp_size < 1:
         raise PlanError(f"tp_size={tp_size}: the number of ranks on the tp axis is at least 1.")
@@ -64,7 +68,10 @@ def infer(
     reference = Reference.of(tried)
     left: dict[str, str] = {}
     proposals, ends = _proposals(model, reference.model, tried.short, tp_size, left)
-    found = Choice(model, reference, tp_size, _without_conflicts(proposals, left), ends, left).run()
+    named = Named.by(given, reference.model)
+    proposals = _without_conflicts([proposal for proposal in proposals if not named.touches(proposal.matrices)], left)
+    ends = [tied for tied in ends if not named.touches(rule.pattern for rule in tied)]
+    found = Choice(model, reference, tp_size, proposals, ends, left, named).run()
     if tp_size > 1 and not any(row.sharded for row in found.plan.tensors):
         raise PlanError(
             describe(
