@@ -74,7 +74,7 @@ def heads_of(module: nn.Module) -> Heads | None:
     query = _first_int(module, config, "num_attention_heads", "num_heads", "n_head", "n_heads")
     if query is None:
         return None
-    kv = _kv_from_width(module) or _first_int(module, config, "num_key_value_heads", "num_kv_heads") or query
+    kv = _kv_from_width(module) or _kv_of_others(module, query) or _first_int(module, config, "num_key_value_heads", "num_kv_heads") or query
     return Heads(query, kv) if kv <= query and query % kv == 0 else None
 
 
@@ -91,6 +91,17 @@ def _kv_from_width(module: nn.Module) -> int | None:
         if isinstance(head_dim, int) and isinstance(width, int) and head_dim and width % head_dim == 0
         else None
     )
+
+
+def _kv_of_others(module: nn.Module, query: int) -> int | None:
+    """Of a layer that reads the keys of another one, and has no projection to them."""
+    group = getattr(module, "num_key_value_groups", None)
+    return query // group if reads_other_keys(module) and isinstance(group, int) and group and query % group == 0 else None
+
+
+def reads_other_keys(module: nn.Module) -> bool:
+    """Whether attention has queries of its own, and the keys and values of another layer, or of another model."""
+    return "q_proj" in module._modules and "k_proj" not in module._modules and hasattr(module, "is_kv_shared_layer")
 
 
 def _first_int(module: nn.Module, config: object, *names: str) -> int | None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from shardwise import problems
-from shardwise.heads import Heads, heads_of, runs_over_kv
+from shardwise.heads import Heads, heads_of, reads_other_keys, runs_over_kv
 from shardwise.layers import (
     ALIGNED,
     Axis,
@@ -246,7 +246,8 @@ class _Resolver:
         return self.ep_size if axis == "ep" else self.size
 
     def _shares_kv_heads(self, name: str, module: nn.Module) -> bool:
-        rules = [self.rules.get(_join(name, child)) for child in ("k_proj", "v_proj")]
+        children = ("q_proj",) if reads_other_keys(module) else ("k_proj", "v_proj")
+        rules = [self.rules.get(_join(name, child)) for child in children]
         heads = heads_of(module)
         return (
             heads is not None
