@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,13 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from figures import gradient_error, gradients, held_in_common
-from parity.calls import text_only
+from parity.calls import Around, text_only
+from parity.drafts import assisted, drafted
+from shardwise.infer.products import tensors
 from shardwise.loading import from_pretrained
 from shardwise.plan import Plan
 
@@ -26,14 +28,25 @@ GRADIENTS = 1e-3  # relative; what is not summed, or summed twice, is wrong by h
 
 @dataclass(frozen=True)
 class Subject:
-    """What loads a type, by name, the two micro-batches that it is called with, what every call has besides, and whether it
-    generates.
+    """How a type is loaded and called.
+
+    Args:
+        auto: the Auto class that loads it, by name.
+        feeds: the two micro-batches.
+        arguments: what every call has besides.
+        generates: whether it goes on with a text.
+        all_outputs: all that it returns is compared, not the logits alone.
+        around: what has to be on while it is made and runs.
+        target: the type of the model for which it drafts, and whose states it is called with.
     """
 
     auto: str = "AutoModelForCausalLM"
-    feeds: tuple[dict[str, Tensor], ...] = field(default_factory=text_only)
+    feeds: tuple[Mapping[str, Any], ...] = field(default_factory=text_only)
     arguments: Mapping[str, Any] = field(default_factory=dict)
     generates: bool = True
+    all_outputs: bool = False
+    around: Around = nullcontext
+    target: str = ""
 
 
 @dataclass(frozen=True)
@@ -69,16 +82,24 @@ class Outcome:
 
 def measure_plain(path: Path, subject: Subject) -> Measured:
     """Of the ordinary model, in this process."""
-    with quiet():
-        return _measure(_kind(path, subject).from_pretrained(path, dtype=torch.float32), subject)
+    with quiet(), subject.around():
+        model = _kind(path, subject).from_pretrained(path, dtype=torch.float32)
+        target = AutoModelForCausalLM.from_pretrained(target_of(path)) if subject.target else None
+        return _measure(model, subject, target)
 
 
 def measure_sharded(path: Path, saved: Path, subject: Subject, plan: str | Plan = "auto") -> Measured:
     """On every rank, of its shards, which are saved to `saved`."""
-    with quiet():
+    with quiet(), subject.around():
         model = from_pretrained(_kind(path, subject), path, dtype=torch.float32, tp_plan=plan)
         model.save_pretrained(saved)
-        return _measure(model, subject)
+        target = from_pretrained(AutoModelForCausalLM, target_of(path), tp_plan="auto") if subject.target else None
+        return _measure(model, subject, target)
+
+
+def target_of(path: Path) -> Path:
+    """Where the model is for which the one at `path` drafts."""
+    return path.with_name(f"{path.name}, its target")
 
 
 def compare(ranks: Sequence[Measured], plain: Measured, loaded: Path, saved: Path) -> Outcome:
@@ -104,22 +125,38 @@ def _kind(path: Path, subject: Subject) -> type:
     return auto if type(config) in auto._model_mapping else getattr(transformers, config.architectures[0])
 
 
-def _measure(model: PreTrainedModel, subject: Subject) -> Measured:
+def _measure(model: PreTrainedModel, subject: Subject, target: PreTrainedModel | None) -> Measured:
     logits, losses, accumulated, common = [], [], [], []
     model.train()
-    for feed in subject.feeds:
+    for feed in drafted(target) if target is not None else subject.feeds:
         torch.manual_seed(0)  # for a router that draws
         output = model(**feed, **subject.arguments)
-        output.loss.backward()
-        logits.append(output.logits.detach())
-        losses.append(output.loss.detach())
+        found = _numbers(output) if subject.all_outputs else output.logits
+        loss = output["loss"] if output.get("loss") is not None else _weighed(found)
+        loss.backward()
+        logits.append(found.detach())
+        losses.append(loss.detach())
         accumulated.append(gradients(model))
         common.append({name: gradient.clone() for name, gradient in held_in_common(model).items() if gradient is not None})
     model.zero_grad()
-    tokens = _generated(model.eval(), subject) if subject.generates else torch.empty(0)
+    model.eval()
+    if target is not None:
+        tokens = assisted(model, target)
+    else:
+        tokens = _generated(model, subject) if subject.generates else torch.empty(0)
     return Measured(
         logits, losses, accumulated, common, tokens, model._shardwise.plan if hasattr(model, "_shardwise") else None
     )
+
+
+def _numbers(output: Any) -> Tensor:
+    """All floating numbers that a model returned, one after the other; caches, which differ from rank to rank, are no part."""
+    return torch.cat([value.flatten() for value in tensors(output) if value.is_floating_point()])
+
+
+def _weighed(numbers: Tensor) -> Tensor:
+    """A loss for a model that has none."""
+    return (numbers * torch.randn(numbers.shape, generator=torch.Generator().manual_seed(5))).mean()
 
 
 def _generated(model: PreTrainedModel, subject: Subject) -> Tensor:

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 import shardwise
 from parity import types
-from parity.job import Measured, Outcome, Subject, compare, measure_plain, measure_sharded, quiet
+from parity.drafts import SHARING
+from parity.job import Measured, Outcome, Subject, compare, measure_plain, measure_sharded, quiet, target_of
 from shardwise.errors import PlanError
 from shardwise.plan import Plan
 from shardwise.testing import RankError, RankPool
@@ -58,9 +59,15 @@ class Suite:
         return compare(ranks, plain, self.directory / name, saved)
 
     def _plan(self, name: str, size: int) -> str | Plan:
-        return shardwise.plan(self.build(name), size, self.plan) if self.found_once(name) else self.plan
+        if not self.found_once(name):
+            return self.plan
+        with self.subject(name).around():
+            return shardwise.plan(self.build(name), size, self.plan)
 
     def _plain(self, name: str) -> Measured:
-        with quiet():
+        subject = self.subject(name)
+        with quiet(), subject.around():
             self.build(name).save_pretrained(self.directory / name)
-        return measure_plain(self.directory / name, self.subject(name))
+            if subject.target:
+                types.build(subject.target, **SHARING).save_pretrained(target_of(self.directory / name))
+        return measure_plain(self.directory / name, subject)

@@ -78,8 +78,9 @@ OURS = (
 
 def build(name: str, **options: object) -> PreTrainedModel:
     """The tiny model in float32, the same in every process, with these options of its config besides those it needs."""
-    needed = CALLS[name].options if name in CALLS else {}
-    model = tiny.build(tiny.PARTS.get(name, name), **{**needed, **options})
+    call = CALLS.get(name, Call())
+    with call.around():
+        model = tiny.build(tiny.PARTS.get(name, name), **{**call.options, **options})
     pad = getattr(model.config, "pad_token_id", None)
     if name == "youtu" and pad is not None:  # loading zeroes the pad token's row, so a checkpoint saved again has zeros there
         with torch.no_grad():
@@ -90,7 +91,9 @@ def build(name: str, **options: object) -> PreTrainedModel:
 def subject(name: str) -> Subject:
     """How a type is loaded and called."""
     call = CALLS.get(name, Call())
-    return Subject(feeds=call.feeds(), arguments=call.arguments, generates=call.generates)
+    return Subject(
+        feeds=call.feeds(), arguments=call.arguments, generates=call.generates, around=call.around, target=call.target
+    )
 
 
 def on_meta(name: str, **options: object) -> PreTrainedModel:

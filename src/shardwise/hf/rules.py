@@ -166,7 +166,10 @@ def _named(model: nn.Module, wanted: _Module | None) -> tuple[str, _Module] | No
 
 
 def _corrections(model: PreTrainedModel, size: int) -> list[Rule]:
-    return [rule for prefix, base in _bases(model) for rule in corrections(base.config.model_type, base, prefix, size)]
+    found = [rule for prefix, base in _bases(model) for rule in corrections(base.config.model_type, base, prefix, size)]
+    inside = {base.config.model_type for _, base in _bases(model)}
+    kind = model.config.model_type  # of a model with a head, around a base model of another type
+    return found if kind in inside else [*found, *corrections(kind, model, "", size)]
 
 
 def _expert_rules(model: PreTrainedModel) -> list[Rule]:

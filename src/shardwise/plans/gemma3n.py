@@ -39,6 +39,14 @@ def gemma4(model: nn.Module, prefix: str, size: int) -> list[Rule]:
     ]
 
 
+def assistant(model: nn.Module, prefix: str, size: int) -> list[Rule]:
+    """A drafter for Gemma 4 whose head is read by rows, those of the likeliest clusters of tokens, past its module."""
+    if getattr(model, "masked_embedding", None) is None:
+        return []
+    reason = "rows of it are read by another module, for the tokens that it chooses"
+    return [rule(f"{prefix}{name}", "replicate", reason) for name in ("lm_head", "model.embed_tokens")]
+
+
 def gemma4_vision(model: nn.Module, prefix: str, size: int) -> list[Rule]:
     """Attention of the vision tower: the plan names what is inside of each projection, and cuts it anywhere in a head."""
     path, reason = f"{prefix}encoder.layers.*.self_attn", "attention of the vision tower, computed whole by every rank"
