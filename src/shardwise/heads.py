@@ -74,7 +74,8 @@ def heads_of(module: nn.Module) -> Heads | None:
     query = _first_int(module, config, "num_attention_heads", "num_heads", "n_head", "n_heads")
     if query is None:
         return None
-    kv = _kv_from_width(module) or _kv_of_others(module, query) or _first_int(module, config, "num_key_value_heads", "num_kv_heads") or query
+    kv = _kv_from_width(module) or _kv_of_others(module, query)
+    kv = kv or _first_int(module, config, "num_key_value_heads", "num_kv_heads") or query
     return Heads(query, kv) if kv <= query and query % kv == 0 else None
 
 

@@ -28,7 +28,8 @@ class Rule:
         cut: how to cut, where the style can't tell from the module (fused blocks).
         attributes: integers of the module (or, as "config.name", of its config) that become local, one value a rank.
         parent_attributes: the same of the module's parent, whose code reads this module's output by them.
-        reason: why the rule is there.
+        reason: why the rule is there; not in its `repr`, by which ranks compare their plans: what a trial that failed said may
+            be what another of its ranks said.
     """
 
     pattern: str
@@ -37,7 +38,7 @@ class Rule:
     cut: Cut | None = None
     attributes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     parent_attributes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    reason: str = ""
+    reason: str = field(default="", repr=False)
 
     def matches(self, name: str) -> bool:
         """Whether the dotted `name` fits the pattern."""

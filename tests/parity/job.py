@@ -160,7 +160,8 @@ def _weighed(numbers: Tensor) -> Tensor:
 
 
 def _generated(model: PreTrainedModel, subject: Subject) -> Tensor:
-    prompt = {name: tensor for name, tensor in subject.feeds[0].items() if name != "labels"}
+    # BLIP writes to its ids.
+    prompt = {name: given.clone() for name, given in subject.feeds[0].items() if name != "labels"}
     return model.generate(**prompt, **subject.arguments, max_new_tokens=8, min_new_tokens=8, do_sample=False)
 
 

@@ -11,12 +11,15 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from shardwise.errors import PlanError, describe
+from shardwise.hf.senses import boxes, sensed
 
 Inputs = Mapping[str, Any]
 _TOKENS = 12
 _FIRST = 10
 _ENCODED = 7
-_LARGE = 512
+_LARGE = 2**21
+_CHARACTERS = 1_000
+_LONGER = 4
 _ENDINGS = (IndexError, RuntimeError, TypeError, ValueError, AttributeError, KeyError)
 _STATES = ("encoder_hidden_states", "cross_attention_states", "encoder_outputs")
 _WIDTHS = ("cross_attention_hidden_size", "encoder_hidden_size", "hidden_size", "d_model", "n_embd")
@@ -31,7 +34,7 @@ def sample_feeds(model: PreTrainedModel) -> list[Inputs | Callable[[nn.Module], 
     Raises `PlanError` for a model that reads something else.
     """
     text = model.config.get_text_config()
-    vocabulary = getattr(text, "vocab_size", 0)
+    vocabulary = getattr(text, "vocab_size", _CHARACTERS if model.main_input_name == "input_ids" else 0)
     if vocabulary < 2 and model.main_input_name == "input_ids":
         raise _unknown(model)
     generator = torch.Generator().manual_seed(0)
@@ -76,47 +79,34 @@ def _ids(model: PreTrainedModel, vocabulary: int, generator: torch.Generator) ->
 
 def _inputs(model: PreTrainedModel, ids: Tensor | None, generator: torch.Generator) -> Iterator[Inputs]:
     """What a model may be called with, the likeliest first."""
+    decoder = {"decoder_input_ids": ids.flip(1)} if ids is not None and model.config.is_encoder_decoder else {}
     if model.main_input_name == "input_ids":
         assert ids is not None
-        decoder = {"decoder_input_ids": ids.flip(1)} if model.config.is_encoder_decoder else {}
         yield {"input_ids": ids} | decoder
         yield {"input_ids": ids[:1]} | {name: given[:1] for name, given in decoder.items()}  # it knows no padding
         yield {"input_ids": ids.view(len(ids), 1, -1).repeat(1, 2, 1)}  # two choices
-        for images in _images(model, generator):
-            yield {"input_ids": ids, "pixel_values": images}
-        return
-    decoder = {"decoder_input_ids": ids} if ids is not None and model.config.is_encoder_decoder else {}
-    for shape in _shapes(model):
-        yield {model.main_input_name: torch.randn(2, *shape, generator=generator)} | decoder
+        if "bbox" in inspect.signature(model.forward).parameters:
+            yield {"input_ids": ids, "bbox": boxes(ids)}
+        yield {"input_ids": ids.repeat(1, _LONGER)}  # it joins several tokens to one
+    for given in _sensed(model, generator) if model.main_input_name == "input_ids" else sensed(model, generator):
+        if model.main_input_name != "input_ids":
+            yield {**given, **decoder}
+        if ids is not None and not decoder:
+            yield {"input_ids": ids, **given}
 
 
-def _shapes(model: PreTrainedModel) -> Iterator[tuple[int, ...]]:
-    """The shapes of an image, or of a sound, one without the batch."""
-    parts = [getattr(model.config, name, None) for name in model.config.sub_configs] or [model.config]
-    for part in (model.config, *parts):
-        side, channels = getattr(part, "image_size", None), getattr(part, "num_channels", 3)
-        if side is not None:
-            yield (channels, *(side if isinstance(side, list | tuple) else (side, side)))
-        bands, positions = getattr(part, "num_mel_bins", None), getattr(part, "max_source_positions", None)
-        if bands is not None and positions is not None:
-            yield (bands, 2 * positions)
-        if bands is not None:
-            yield (4 * _TOKENS, bands)
-    yield (4_000,)
-
-
-def _images(model: PreTrainedModel, generator: torch.Generator) -> Iterator[Tensor]:
-    """An image for each of two rows, (2, channels, height, width), of the sizes that the config says."""
-    if "pixel_values" in inspect.signature(model.forward).parameters:
-        for shape in dict.fromkeys(shape for shape in _shapes(model) if len(shape) == 3 and max(shape) < _LARGE):
-            yield torch.randn(2, *shape, generator=generator)
+def _sensed(model: PreTrainedModel, generator: torch.Generator) -> Iterator[Inputs]:
+    """What may be given beside a text, but for large images."""
+    for given in sensed(model, generator):
+        if all(value.numel() < _LARGE for value in given.values()):
+            yield given
 
 
 def _with_more(model: PreTrainedModel, inputs: Inputs, generator: torch.Generator) -> Inputs:
-    """`inputs` with the states of an encoder, or images, if modules run with them that don't without."""
-    if model.config.is_encoder_decoder or "input_ids" not in inputs or "pixel_values" in inputs:
+    """`inputs` with the states of an encoder, images or sounds, if modules run with them that don't without."""
+    if model.config.is_encoder_decoder or not inputs.keys() <= {"input_ids", "bbox"} or inputs["input_ids"].dim() != 2:
         return inputs
-    more = ({**inputs, "pixel_values": images} for images in _images(model, generator))
+    more = ({**inputs, **given} for given in _sensed(model, generator))
     ways = (*_with_states(model, inputs, generator), *more)
     return next((given for given in ways if _runs(model, given) and not _run(model, given) <= _run(model, inputs)), inputs)
 
