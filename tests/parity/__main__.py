@@ -7,15 +7,18 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import track
 
-from parity import wrappers
+from parity import others, wrappers
 from parity.calls import UNSOLVED
+from parity.others_table import TITLE as OTHERS_TITLE
+from parity.others_table import render_others, rows_of
 from parity.suite import Suite
-from parity.table import RANK_COUNTS, Result, cells, render, show, with_rows
+from parity.table import RANK_COUNTS, Result, Results, cells, render, show, with_rows
 from parity.types import every, planned
 from parity.wrapper_table import TITLE, render_wrappers, size_of, wrapper_cells
 from shardwise.errors import PlanError
@@ -25,41 +28,52 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "architectures.md"
 
 
 def main(names: list[str]) -> int:
-    """Run the types and wrappers `names`, or all of them, and write their rows of the document; "wrappers": all wrappers, and
-    their table. 0 if all are exact that can be cut at all.
+    """Run the types and wrappers `names`, or everything, and write their rows of the document; "wrappers", "others": all of
+    these, and their table; "others:bert": of the others, what is of this type. 0 if all are exact that can be cut at all.
     """
     started, console = time.monotonic(), Console(width=120)
-    known = ([], wrappers.names()) if names == ["wrappers"] else (every(), wrappers.names())
-    whole = not names or names == ["wrappers"]
-    chosen = [[name for name in all_of_them if whole or name in names] for all_of_them in known]
+    tables = ("types", "wrappers", "others")
+    asked = [table for table in tables if not names or table in names]
+    known = (every(), wrappers.names(), others.names())
+    chosen = [
+        [name for name in all_of_them if table in asked or {name, f"{table}:{name.partition(' ')[0]}"} & set(names)]
+        for table, all_of_them in zip(tables, known, strict=True)
+    ]
     with tempfile.TemporaryDirectory() as directory:
         suites = (
             Suite(Path(directory) / "types", found_once=lambda name: name not in planned()),
             Suite(Path(directory) / "wrappers", wrappers.build, wrappers.subject),
+            Suite(Path(directory) / "others", others.build, others.subject, found_once=lambda name: True),
         )
-        plain: dict[str, dict[int, Result]] = {name: {} for name in chosen[0]}
-        wrapped: dict[str, dict[int, Result]] = {name: {} for name in chosen[1]}
+        results: list[dict[str, dict[int, Result]]] = [{name: {} for name in chosen[at]} for at in range(3)]
         for size in RANK_COUNTS:
             with RankPool(size, backend="cpu:shm") as pool:
-                for suite, results in zip(suites, (plain, wrapped), strict=True):
-                    for name in track(results, f"tp={size}", console=console):
-                        results[name][size] = _result(suite, name, pool)
-    for results, sizes in ((plain, None), (wrapped, size_of)):
-        if results:
-            show(results, console, sizes)
+                for suite, found in zip(suites, results[: 3 if size == 2 else 2], strict=False):
+                    for name in track(found, f"tp={size}", console=console):
+                        found[name][size] = _result(suite, name, pool)
+    plain, wrapped, rest = results
+    for found, sizes in ((plain, None), (wrapped, size_of)):
+        if found:
+            show(found, console, sizes)
+    alone = {name: result[2] for name, result in rest.items()}
+    for name, result in alone.items():
+        console.print(f"{name}: {'exact' if result.exact else '; '.join(result.problems)}", markup=False)
     console.print(f"{time.monotonic() - started:.0f} seconds")
-    if whole:
-        first = DOCUMENT.read_text().split(f"\n## {TITLE}\n")[0] if names else render(plain)
-        DOCUMENT.write_text(first + render_wrappers(wrapped))
-    else:
-        first, heading, rest = DOCUMENT.read_text().partition(f"\n## {TITLE}\n")
-        DOCUMENT.write_text(
-            with_rows(first, map(cells, plain, plain.values()))
-            + heading
-            + with_rows(rest, map(wrapper_cells, wrapped, wrapped.values()))
-        )
-    found = [one for results in (plain, wrapped) for result in results.values() for one in result.values()]
-    return 0 if all(one.exact or one.open or not one.possible for one in found) else 1
+    _write(asked, plain, wrapped, alone)
+    everything = [one for found in results for result in found.values() for one in result.values()]
+    return 0 if all(one.exact or one.open or not one.possible for one in everything) else 1
+
+
+def _write(asked: list[str], plain: Results, wrapped: Results, rest: Mapping[str, Result]) -> None:
+    """The tables that were `asked` for, and single rows of those of types and wrappers."""
+    text = DOCUMENT.read_text()
+    before, _, last = text.partition(f"\n## {OTHERS_TITLE}\n")
+    first, heading, second = before.partition(f"\n## {TITLE}\n")
+    first = render(plain) if "types" in asked else with_rows(first, map(cells, plain, plain.values()))
+    rows = map(wrapper_cells, wrapped, wrapped.values())
+    second = render_wrappers(wrapped) if "wrappers" in asked else heading + with_rows(second, rows)
+    last = render_others(rest) if "others" in asked else f"\n## {OTHERS_TITLE}\n{with_rows(last, rows_of(rest))}"
+    DOCUMENT.write_text(first + second + last)
 
 
 def _result(suite: Suite, name: str, pool: RankPool) -> Result:

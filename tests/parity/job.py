@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ class Subject:
         arguments: what every call has besides.
         generates: whether it goes on with a text.
         all_outputs: all that it returns is compared, not the logits alone.
+        beams: in how many beams it generates.
         around: what has to be on while it is made and runs.
         target: the type of the model for which it drafts, and whose states it is called with.
     """
@@ -45,6 +46,7 @@ class Subject:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     generates: bool = True
     all_outputs: bool = False
+    beams: tuple[int, ...] = (1,)
     around: Around = nullcontext
     target: str = ""
 
@@ -160,9 +162,13 @@ def _weighed(numbers: Tensor) -> Tensor:
 
 
 def _generated(model: PreTrainedModel, subject: Subject) -> Tensor:
-    # BLIP writes to its ids.
-    prompt = {name: given.clone() for name, given in subject.feeds[0].items() if name != "labels"}
-    return model.generate(**prompt, **subject.arguments, max_new_tokens=8, min_new_tokens=8, do_sample=False)
+    options = {**subject.arguments, "max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    found = []
+    for beams in subject.beams:
+        # BLIP writes to its ids.
+        prompt = {name: given.clone() for name, given in subject.feeds[0].items() if name != "labels"}
+        found.append(model.generate(**prompt, **options, num_beams=beams))
+    return torch.cat(found)
 
 
 def _compare_gradients(

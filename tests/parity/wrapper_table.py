@@ -35,7 +35,7 @@ ELSEWHERE = {
     "deepseek_ocr2": "not tried: towers with a text model inside",
     "diffusion_gemma": _UNTRIED,
     "fast_vlm": _TIMM,
-    "gemma3n": _TIMM,
+    "gemma3n": "above, with a small tower in the place of timm's",
     "instructblip": "refused: its Q-Former reads text too, and has no plan",
     "muse_spark": "refused: transformers' plan leaves most of its text model out",
     "nemo_speechlm": _UNTRIED,
