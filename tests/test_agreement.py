@@ -7,12 +7,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import shardwise
 from llamas import IDS, llama
-from shardwise.errors import MismatchError, PlanError, ShardwiseError
-from shardwise.testing import RankError
+from shardwise.errors import MeshError, MismatchError, PlanError, ShardwiseError
+from shardwise.testing import RankError, RankPool
 
 
 class Reward(nn.Module):
@@ -76,30 +76,104 @@ def test_a_layer_altered_afterwards_is_named(change, pool2, tmp_path):
     pool2.run(_altered, str(tmp_path), change)
 
 
-def _load_differing(folders, plans, dtypes):
+def _load_differing(folders, options):
     rank = dist.get_rank()
-    shardwise.AutoModelForCausalLM.from_pretrained(folders[rank], tp_plan=plans[rank], dtype=dtypes[rank])
-
-
-WHOLE_MLP = {f"layers.*.mlp.{name}": "replicate" for name in ("gate_proj", "up_proj", "down_proj")}
+    with pytest.raises(MismatchError) as caught:
+        shardwise.AutoModelForCausalLM.from_pretrained(folders[rank], **{"tp_plan": "auto", **(options if rank else {})})
+    return str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("seeds", "plans", "dtypes", "said"),
+    ("seeds", "options", "said"),
     [
-        ((0, 1), ("auto", "auto"), (torch.float32,) * 2, "checkpoint"),
-        ((0, 0), ("auto", WHOLE_MLP), (torch.float32,) * 2, "plan"),
-        ((0, 0), ("auto", "auto"), (torch.float32, torch.bfloat16), "dtypes"),
+        ((0, 1), {}, "checkpoint"),
+        ((0, 0), {"tp_plan": {"layers.*.mlp": "replicate"}}, "plan"),
+        ((0, 0), {"dtype": torch.bfloat16}, "dtypes"),
+        ((0, 0), {"rms_norm_eps": 0.1}, "config"),
+        ((0, 0), {"overlap": True}, "overlap"),
+        ((0, 0), {"tp_size": 1}, "tp_size"),
     ],
+    ids=["checkpoint", "plan", "dtype", "config", "overlap", "size"],
 )
-def test_ranks_that_load_different_things(seeds, plans, dtypes, said, pool2, tmp_path: Path):
-    """Guards: a model of which half is another checkpoint's; collectives of different sizes, that is a hang or an abort."""
+def test_ranks_that_load_different_things(seeds, options, said, pool2, tmp_path: Path):
+    """Guards: a model of which half is another checkpoint's, or computes with another epsilon; collectives of different sizes,
+    that is a hang or an abort; a rank that waits five minutes for one that took tp_size=1.
+    """
     for seed in set(seeds):
         torch.manual_seed(seed)
         llama().save_pretrained(tmp_path / str(seed))
-    with pytest.raises(RankError, match=said) as caught:
-        pool2.run(_load_differing, [str(tmp_path / str(seed)) for seed in seeds], plans, dtypes)
-    assert isinstance(caught.value.__cause__, MismatchError)
+    for text in pool2.run(_load_differing, [str(tmp_path / str(seed)) for seed in seeds], options, timeout=30.0):
+        assert re.search(f"{said}.* rank 1|rank 1.*{said}", text), text
+
+
+def _parallelize_differing(plans):
+    torch.manual_seed(0)
+    with pytest.raises(ShardwiseError) as caught:
+        shardwise.parallelize(llama(), plan=plans[dist.get_rank()])
+    return type(caught.value).__name__, str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("plan", "said"),
+    [
+        ({"layers.*.mlp": "replicate"}, "the plan.* on rank 1"),
+        ("infer", "on rank 1"),
+        ({"nothing": "colwise"}, "failed on rank 1"),
+    ],
+    ids=["merged", "inferred", "wrong"],
+)
+def test_ranks_that_parallelize_by_different_plans(plan, said, pool2):
+    """Guards: layers cut on one rank and whole on the other; a rank that waits five minutes for one whose plan is refused."""
+    first, second = pool2.run(_parallelize_differing, ["auto", plan], timeout=30.0)
+    assert (first[0], re.search(said, first[1]) is not None) == ("MismatchError", True), first
+    assert second[0] == ("PlanError" if "failed" in said else "MismatchError")
+
+
+def _config_failing():
+    with pytest.raises((MismatchError, TypeError)) as caught:
+        shardwise.AutoModelForCausalLM.from_config(
+            llama().config, tp_plan="auto", **({"no_such": 1} if dist.get_rank() else {})
+        )
+    return type(caught.value).__name__
+
+
+def test_a_rank_that_cannot_make_the_model(pool2):
+    """Guards: ranks that wait for the weights of one whose class would not be made."""
+    assert pool2.run(_config_failing, timeout=30.0) == ["MismatchError", "TypeError"]
+
+
+def _after_the_group():
+    model = shardwise.AutoModelForCausalLM.from_config(llama().config, tp_plan="auto")
+    dist.destroy_process_group()
+    verbs = (model.save_pretrained, shardwise.full_state_dict, shardwise.full_gradients, shardwise.unparallelize)
+    for verb, argument in zip(verbs, ("nowhere", model, model, model), strict=True):
+        with pytest.raises(MeshError, match=f"(?s){verb.__name__}.*before destroy_process_group"):
+            verb(argument)
+
+
+def test_verbs_after_the_process_group(tmp_path, monkeypatch):
+    """Guards: "Could not resolve the process group registered under the name 0"."""
+    monkeypatch.chdir(tmp_path)
+    with RankPool(2, backend="cpu:shm", start_method="forkserver") as pool:
+        pool.run(_after_the_group)
+    assert not list(tmp_path.iterdir())
+
+
+def _wrong_kinds():
+    for options in ({"tp_size": "2"}, {"tp_size": 2.0}, {"tp_size": True}, {"device_mesh": (2,)}, {"device_mesh": "cpu"}):
+        with pytest.raises(MeshError, match=next(iter(options))):
+            shardwise.AutoModelForCausalLM.from_config(llama().config, tp_plan="auto", **options)
+    everyone = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    first = DeviceMesh("cpu", [0], mesh_dim_names=("tp",))
+    if dist.get_rank() == 1:
+        with pytest.raises(MeshError, match="Rank 1 is not in device_mesh"):
+            shardwise.parallelize(llama(), first)
+    return everyone.size()
+
+
+def test_sizes_and_meshes_that_are_none(pool2):
+    """Guards: a size of another type that fails deep inside of torch; a rank outside of the mesh that gets a whole model."""
+    assert pool2.run(_wrong_kinds) == [2, 2]
 
 
 def _save_differing(folder):

@@ -7,18 +7,18 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from shardwise.adapters import adapted_model
 from shardwise.coverage import check_coverage
-from shardwise.errors import MismatchError, PlanError, describe
+from shardwise.errors import PlanError, describe
 from shardwise.generation import same_random_state
 from shardwise.hf import (
     base_prefixes,
     build_on_meta,
     check_head,
+    config_text,
     frozen_model_rules,
     has_expert_plan,
     hidden_states_are_recorded,
@@ -35,7 +35,7 @@ from shardwise.parallelize import apply_plan, put_adapters_back, remove_plan, ta
 from shardwise.plan import Plan
 from shardwise.plan_file import Written, is_plan_file, read
 from shardwise.rendezvous import START_TIMEOUT, meet
-from shardwise.replicas import check_same_weights, digest, first_difference
+from shardwise.replicas import check_same, check_same_weights, together
 from shardwise.resolve import resolve
 from shardwise.sequence import has_sequence, with_sequence
 from shardwise.spec import Rule, ShardSpec
@@ -137,14 +137,18 @@ def parallelize(
         return model
     refuse_parallel(model)
     inner = adapted_model(model)
+    ep = expert_axis(axis, ep_size)
+    meet(ep, "parallelize", START_TIMEOUT)
     adapters = take_adapters_out(inner)
     try:
-        table = make_plan(inner, axis.size(), plan, ep_size=ep_size)
-        state = model_state(inner, table, axis, expert_axis(axis, table.ep_size), overlap, sequence_parallel)
-        meet(state.ep, "parallelize", START_TIMEOUT)
-        check_same_weights(inner, state.ep)
-        if isinstance(plan, str | os.PathLike) and plan != "auto":
-            _check_same_plan(table, state.ep)
+
+        def planned() -> ModelState:
+            table = make_plan(inner, axis.size(), plan, ep_size=ep_size)
+            return model_state(inner, table, axis, ep, overlap, sequence_parallel)
+
+        state = together(ep, "parallelize", planned)
+        check_same_weights(inner, ep)
+        check_same(ep, "parallelize", same_everywhere(inner, state))
         device = local_device(axis)
 
         def shard(row: ShardSpec, tensor: Tensor) -> Tensor:
@@ -174,16 +178,16 @@ def unparallelize(model: nn.Module) -> nn.Module:
     return model
 
 
-def _check_same_plan(table: Plan, mesh: DeviceMesh) -> None:
-    """Raise `MismatchError`, on every rank, when ranks inferred or read different plans. Collective."""
-    number = digest(*sorted(map(repr, (*table.tensors, *table.modules))))
-    if (rank := first_difference(torch.tensor([number]), mesh)) is not None:
-        raise MismatchError(
-            describe(
-                f"Rank {rank} has another plan than rank 0.",
-                either=["the same model, versions, inputs and files on every rank, or", "a plan that one rank makes and sends"],
-            )
-        )
+def same_everywhere(model: nn.Module, state: ModelState) -> dict[str, object]:
+    """What of a parallel model, or one that becomes so with `state`, must be the same on every rank, for `check_same`."""
+    rows = map(repr, (*state.plan.tensors, *state.plan.modules))
+    return {
+        "the class of the model": type(model).__name__,
+        "the plan, its shapes or dtypes": "\n".join(sorted(rows)),
+        "the config of the model": config_text(model),
+        "the argument overlap": state.overlap,
+        "the argument sequence_parallel": state.stream is not None,
+    }
 
 
 def _frozen(model: nn.Module, size: int) -> Plan | None:

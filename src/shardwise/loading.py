@@ -8,7 +8,7 @@ import copy
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -17,9 +17,9 @@ from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import logging
 
-from shardwise.api import PlanLike, asked_ep_size, make_plan, model_state, parallelize
+from shardwise.api import PlanLike, asked_ep_size, make_plan, model_state, parallelize, same_everywhere
 from shardwise.checkpoint import dequantized, find_checkpoint, fingerprint, open_checkpoint
-from shardwise.errors import MismatchError, PlanError, ShardwiseError, describe
+from shardwise.errors import PlanError, ShardwiseError, describe
 from shardwise.generation import same_random_state
 from shardwise.hf import attach_generation_config, load_lazily, quantization, resolve_model_class, without_quantization
 from shardwise.layers import original_class
@@ -29,7 +29,7 @@ from shardwise.model import ShardedModel
 from shardwise.model_state import ModelState, required_state
 from shardwise.parallelize import apply_plan
 from shardwise.rendezvous import START_TIMEOUT, meet
-from shardwise.replicas import digest, first_difference
+from shardwise.replicas import check_same, together
 from shardwise.spec import ShardSpec
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def from_pretrained(
     how = (ep_size, overlap, sequence_parallel)
     request = _Request(auto_class, os.fspath(path_or_id), axis, ep, plan, *how, _shared_seed(ep), kwargs)
     with torch.inference_mode(False):  # parameters made in inference mode could never be trained
-        model = _together(ep, request.load)
+        model = together(ep, "from_pretrained", request.load)
     request.check_agreement(model)
     same_random_state(axis)
     return (model, request.loading_info) if request.wants_info else model  # type: ignore[return-value]
@@ -128,9 +128,9 @@ def from_config(
     axis = tp_mesh(tp_size, device_mesh, ep_size) if given else None
     if axis is not None:
         same_random_state(axis)
-    model: nn.Module = auto_class.from_config(config, **kwargs)
     if axis is None:
-        return model
+        return cast(nn.Module, auto_class.from_config(config, **kwargs))
+    model = together(axis, "from_config", lambda: cast(nn.Module, auto_class.from_config(config, **kwargs)))
     plan = tp_plan or "auto"
     return parallelize(model, axis, plan, ep_size=ep_size, overlap=overlap, sequence_parallel=sequence_parallel)
 
@@ -206,21 +206,8 @@ class _Request:
 
     def check_agreement(self, model: nn.Module) -> None:
         """Raise `MismatchError`, on every rank, when the ranks loaded different things. Collective."""
-        plan = required_state(model).plan
-        facts = {
-            "the class of the model": digest(type(model)),
-            "the plan, its shapes or dtypes": digest(*sorted(map(repr, (*plan.tensors, *plan.modules)))),
-            "the checkpoint": digest(self.fingerprint),
-        }
-        for what, number in facts.items():
-            if (rank := first_difference(torch.tensor([number]), self.ep)) is not None:
-                raise MismatchError(
-                    describe(
-                        f"from_pretrained: {what} on rank {rank} is not that of rank 0.",
-                        here=f"{type(model).__name__} from {self.path}",
-                        either=["give every rank the same arguments, or", "make sure that all see the same files"],
-                    )
-                )
+        facts = {**same_everywhere(model, required_state(model)), "the checkpoint": self.fingerprint}
+        check_same(self.ep, "from_pretrained", facts, here=f"{type(model).__name__} from {self.path}")
 
     def _config(self) -> tuple[PreTrainedConfig, dict[str, Any]]:
         """The config, and the keywords that it left over."""
@@ -317,22 +304,3 @@ def _shared_seed(mesh: DeviceMesh) -> int:
     seed = torch.tensor([torch.initial_seed() % 2**62], device=local_device(mesh))
     dist.broadcast(seed, group=mesh.get_group(), group_src=0)
     return int(seed.item())
-
-
-def _together(mesh: DeviceMesh, load: Callable[[], nn.Module]) -> nn.Module:
-    """Run `load` on every rank; when it fails on one, it fails on all, so that none waits for another that is gone."""
-    model, failure = None, None
-    try:
-        model = load()
-    except Exception as error:
-        failure = error
-    failed = torch.zeros(mesh.size(), dtype=torch.int64, device=local_device(mesh))
-    failed[mesh.get_local_rank()] = int(failure is not None)
-    dist.all_reduce(failed, group=mesh.get_group())
-    if failure is not None:
-        raise failure
-    if failed.any():
-        ranks = ", ".join(str(rank) for rank in failed.nonzero().flatten().tolist())
-        raise MismatchError(f"from_pretrained failed on rank {ranks}, and so it does here; the message of that rank says why.")
-    assert model is not None
-    return model

@@ -49,6 +49,7 @@ def tp_mesh(tp_size: int | None = None, device_mesh: DeviceMesh | None = None, e
     Raises `MeshError` for sizes that the processes cannot form, and where several ranks are asked of a single process;
     `MissingRankError` when some process never comes.
     """
+    _check_kinds(tp_size, device_mesh)
     if device_mesh is not None:
         _settle_at_exit()
         return _given_axis(device_mesh, tp_size)
@@ -61,12 +62,13 @@ def tp_mesh(tp_size: int | None = None, device_mesh: DeviceMesh | None = None, e
     _settle_at_exit()
     world = dist.get_world_size()
     size = world if tp_size is None else tp_size
+    said = f"tp_size={size}, ep_size={ep_size}"
+    meet_ranks(range(world), "the start of a tensor-parallel mesh", START_TIMEOUT, said)  # before a rank may raise alone
     if size < 1 or world % size:
         fix = f"tp_size={', '.join(str(n) for n in range(1, world + 1) if world % n == 0)}"
         raise MeshError(
             describe(f"{world} processes cannot form tensor-parallel groups of {size}.", either=[fix + ", or", "start more"])
         )
-    meet_ranks(range(world), "the start of a tensor-parallel mesh", START_TIMEOUT)
     if size == world:
         return _everyone(device_type(), TP_AXIS)
     return init_device_mesh(device_type(), (world // size, size), mesh_dim_names=("dp", TP_AXIS))[TP_AXIS]
@@ -174,6 +176,22 @@ def _check_single_process(name: str, size: int | None) -> None:
         )
 
 
+def _check_kinds(tp_size: object, device_mesh: object) -> None:
+    """Raise `MeshError` for arguments that are no number of ranks, or no mesh."""
+    if tp_size is not None and (not isinstance(tp_size, int) or isinstance(tp_size, bool)):
+        raise MeshError(f"tp_size={tp_size!r}: the number of ranks on the tp axis is an integer.")
+    if device_mesh is not None and not isinstance(device_mesh, DeviceMesh):
+        raise MeshError(
+            describe(
+                f"device_mesh={device_mesh!r} is no DeviceMesh.",
+                either=[
+                    'init_device_mesh("cpu", (2,), mesh_dim_names=("tp",)), or',
+                    "leave it out: tp_size says how many ranks",
+                ],
+            )
+        )
+
+
 def _given_axis(mesh: DeviceMesh, tp_size: int | None) -> DeviceMesh:
     names = mesh.mesh_dim_names or ()
     if mesh.ndim > 1 and TP_AXIS not in names:
@@ -184,6 +202,13 @@ def _given_axis(mesh: DeviceMesh, tp_size: int | None) -> DeviceMesh:
             )
         )
     axis = mesh[TP_AXIS] if mesh.ndim > 1 else mesh
+    if axis.get_coordinate() is None:
+        raise MeshError(
+            describe(
+                f"Rank {dist.get_rank()} is not in device_mesh, which has the ranks {mesh.mesh.flatten().tolist()}.",
+                either=["make the call on those ranks only, or", "a mesh of all ranks, with an axis more for the replicas"],
+            )
+        )
     if tp_size not in (None, axis.size()):
         raise MeshError(
             f"tp_size={tp_size} was asked for, and the mesh's tp axis has {axis.size()} ranks: leave one of the two out."

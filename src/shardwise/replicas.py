@@ -3,17 +3,67 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from shardwise.collectives import gather_into
-from shardwise.errors import MismatchError, describe
+from shardwise.errors import MismatchError, describe, ranks_in_words
 from shardwise.mesh import local_device
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+
+_Made = TypeVar("_Made")
+
+
+def together(mesh: DeviceMesh, what: str, make: Callable[[], _Made]) -> _Made:
+    """Call `make`, which makes no collective calls, on every rank, and return what it gives there. Collective.
+
+    Where it raises on some rank, it raises on all, so that none waits for another that is gone: the rank's own exception there,
+    `MismatchError` elsewhere, naming the rank and `what` failed.
+    """
+    made: list[_Made] = []
+    failure: Exception | None = None
+    try:
+        made.append(make())
+    except Exception as error:
+        failure = error
+    failed = torch.zeros(mesh.size(), dtype=torch.int64, device=local_device(mesh))
+    failed[mesh.get_local_rank()] = int(failure is not None)
+    dist.all_reduce(failed, group=mesh.get_group())
+    if failure is not None:
+        raise failure
+    if failed.any():
+        ranks = ranks_in_words(failed.nonzero().flatten().tolist())
+        raise MismatchError(f"{what} failed on {ranks}, and so it does here; the message there says why.")
+    return made[0]
+
+
+def check_same(mesh: DeviceMesh, what: str, facts: Mapping[str, object], **said: str) -> None:
+    """Raise `MismatchError`, on every rank, when the ranks' texts of a fact differ: the first of `facts`, in words, and the
+    rank. Collective.
+
+    Args:
+        what: who asks, for the message.
+        facts: what must be the same, by how messages name it; the same names on every rank.
+        said: further lines of the message.
+    """
+    numbers = torch.tensor([digest(fact) for fact in facts.values()])
+    if first_difference(numbers, mesh) is None:
+        return
+    for name, number in zip(facts, numbers.split(1), strict=True):
+        if (rank := first_difference(number, mesh)) is not None:
+            raise MismatchError(
+                describe(
+                    f"{what}: {name} on rank {rank} is not that of rank 0.",
+                    **said,
+                    either=["give every rank the same arguments, or", "make sure that all see the same files"],
+                )
+            )
 
 
 def check_same_weights(model: nn.Module, mesh: DeviceMesh) -> None:

@@ -9,6 +9,7 @@
 | `recording` | what is collected while a model runs |
 | `adapters` | loading and saving of PEFT's adapters |
 | `simulating` | what a model must be told when it runs on tensors without values |
+| `configs` | a config as a text |
 | `saving` | which tensors a checkpoint has, under which names |
 | `kinds` | layers that do the same |
 | `specimen`, `feeds` | a model to try plans out on, and what to call it with |
@@ -16,6 +17,7 @@
 
 from shardwise.hf.adapters import AdaptersSeen, load_adapter, save_adapter
 from shardwise.hf.auto import attach_generation_config, quantization, resolve_model_class, without_quantization
+from shardwise.hf.configs import config_text
 from shardwise.hf.feeds import sample_feeds
 from shardwise.hf.kinds import cut, layer_kinds, layer_of
 from shardwise.hf.load import load_lazily
@@ -49,6 +51,7 @@ __all__ = [
     "checkpoint_activations",
     "checkpoint_tensors",
     "class_of",
+    "config_text",
     "cut",
     "description_files",
     "elements",
