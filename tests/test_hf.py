@@ -76,7 +76,7 @@ def _save(
 def _load(directory: Path, auto: type = AutoModelForCausalLM, **options: object) -> PreTrainedModel:
     found = find_checkpoint(directory)
     model_class, config = resolve_model_class(auto, AutoConfig.from_pretrained(directory))
-    return load_lazily(model_class, config, open_checkpoint(found.files, found.index), **options)
+    return load_lazily(model_class, config, open_checkpoint(found.files, found.index), **options)[0]
 
 
 def _edit(directory: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
@@ -271,7 +271,7 @@ def test_config_is_left_alone(tmp_path: Path) -> None:
     _save(tmp_path, "llama")
     config: PreTrainedConfig = AutoConfig.from_pretrained(tmp_path)
     before = config.to_dict()
-    model = load_lazily(
+    model, _ = load_lazily(
         resolve_model_class(AutoModelForCausalLM, config)[0], config, open_checkpoint(find_checkpoint(tmp_path).files)
     )
     assert config.to_dict() == before

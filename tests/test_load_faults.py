@@ -9,12 +9,14 @@ import json
 import re
 import shutil
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -205,7 +207,62 @@ def _quiet_logits(path: str, auto: str, options: dict) -> tuple[Tensor, set[torc
         return _logits(path, auto, options)
 
 
-REFUSED = {"device_map": "auto", "quantization_config": {"load_in_8bit": True}, "gguf_file": "model.gguf"}
+def _info(path: str, auto: str, options: dict) -> dict[str, object]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return getattr(shardwise, auto).from_pretrained(path, output_loading_info=True, **options)[1]
+
+
+ALLOWED: dict[str, tuple[str, Change, str, dict[str, object]]] = {
+    "head of a base": ("base", lambda path: None, "AutoModelForCausalLM", {}),
+    "base of a whole": ("llama", lambda path: None, "AutoModel", {}),
+    "another shape": ("llama", put(UP, torch.ones(44, 32)), "AutoModelForCausalLM", {"ignore_mismatched_sizes": True}),
+    "gaps": ("llama", edit(lambda t: t.update({"extra.key": t.pop(UP)})), "AutoModelForCausalLM", {"strict": False}),
+    "nothing": ("llama", lambda path: None, "AutoModelForCausalLM", {}),
+}
+
+
+@pytest.mark.parametrize("case", ALLOWED)
+def test_loading_info_is_that_of_transformers(case, checkpoints, pool2, tmp_path):
+    """Guards: a report of nothing missing, unexpected or of another shape, where something is; a single process that can't
+    give one.
+    """
+    kind, change, auto, options = ALLOWED[case]
+    path = str(changed(checkpoints[kind], change, tmp_path))
+    plain = {name: value for name, value in options.items() if name != "strict"}
+    _, expected = getattr(transformers, auto).from_pretrained(path, output_loading_info=True, **plain)
+    assert any(expected.values()) == (case != "nothing")
+    for sizes in ({}, {"tp_size": 1}):
+        for info in pool2.run(_info, path, auto, {"tp_plan": "auto", **sizes, **options}):
+            assert info == expected
+
+
+def _lax(path: str) -> tuple[Tensor, list[str]]:
+    torch.manual_seed(dist.get_rank())
+    with warnings.catch_warnings(record=True) as caught:
+        model = shardwise.AutoModelForCausalLM.from_pretrained(path, tp_plan="auto", strict=False)
+    return model(IDS).logits.detach(), [str(warning.message) for warning in caught]
+
+
+def test_gaps_that_are_allowed_by_name(checkpoints, pool2, tmp_path):
+    """Guards: a checkpoint with a key too many that can be loaded in no way; new values that differ between ranks, or that
+    nobody is told of.
+    """
+    path = changed(checkpoints["llama"], edit(lambda t: t.update({"extra.key": t.pop(UP)})), tmp_path)
+    results = pool2.run(_lax, str(path))
+    assert torch.equal(results[0][0], results[1][0])
+    for _, (said,) in results:
+        assert re.search(rf"(?s)newly_initialised +{UP}.*left_out +extra\.key", said), said
+    (_, text, _), _ = pool2.run(_attempt, [str(path)] * 2, "AutoModelForCausalLM", {})
+    assert "strict=False" in text
+
+
+REFUSED = {
+    "use_safetensors": False,
+    "device_map": "auto",
+    "quantization_config": {"load_in_8bit": True},
+    "gguf_file": "model.gguf",
+}
 
 
 @pytest.mark.parametrize("option", REFUSED)

@@ -60,6 +60,7 @@ def from_pretrained(
     ep_size: int | None = None,
     overlap: bool = False,
     sequence_parallel: bool = False,
+    strict: bool = True,
     **kwargs: Any,
 ) -> nn.Module:
     """Load this rank's shards of a checkpoint into the transformers model that `auto_class` stands for. Collective.
@@ -73,6 +74,9 @@ def from_pretrained(
         device_mesh: the caller's mesh (one-dimensional, or with an axis named "tp").
         ep_size: ranks over which experts are dealt: those of the tp axis, or a multiple of them.
         overlap, sequence_parallel: as in `shardwise.parallelize`.
+        strict: parameters that the checkpoint doesn't have, and keys that the model has no place for, are errors. With False
+            these are initialised newly, alike on all ranks, and left out, as plain transformers does; one warning names them.
+            Either way, a head that another class than the checkpoint's has or lacks is allowed.
         kwargs: transformers' own keywords (`dtype`, `attn_implementation`, `revision`, `output_loading_info`, ...).
 
     In one process the ordinary model is loaded. Raises `PlanError`, before a weight is read, for a plan that can't be carried
@@ -84,10 +88,13 @@ def from_pretrained(
         return _ordinary(auto_class, path_or_id, kwargs)
     axis = tp_mesh(tp_size, device_mesh, ep_size)
     if axis is None or max(axis.size(), ep_size or 1) == 1:
-        return _ordinary(auto_class, path_or_id, kwargs).to(local_device(axis))
+        return cast(nn.Module, _on_device(_ordinary(auto_class, path_or_id, kwargs), local_device(axis)))
     if getattr(kwargs.get("quantization_config"), "dequantize", False):
         del kwargs["quantization_config"]  # as it is done anyway
-    if given := [name for name in _REFUSED if kwargs.get(name)]:
+    given = [name for name in _REFUSED if kwargs.get(name)]
+    if kwargs.pop("use_safetensors", None) is False:
+        given.append("use_safetensors")
+    if given:
         raise ShardwiseError(
             describe(
                 f"from_pretrained({', '.join(given)}=..., tp_plan=...) is not possible.",
@@ -97,7 +104,7 @@ def from_pretrained(
     ep = expert_axis(axis, ep_size)
     meet(ep, "from_pretrained", START_TIMEOUT)
     plan = "auto" if tp_plan is None else tp_plan
-    how = (ep_size, overlap, sequence_parallel)
+    how = (ep_size, overlap, sequence_parallel, strict)
     request = _Request(auto_class, os.fspath(path_or_id), axis, ep, plan, *how, _shared_seed(ep), kwargs)
     with torch.inference_mode(False):  # parameters made in inference mode could never be trained
         model = together(ep, "from_pretrained", request.load)
@@ -147,6 +154,11 @@ def _ordinary(auto_class: Any, path_or_id: str | os.PathLike[str], kwargs: dict[
     return model
 
 
+def _on_device(loaded: Any, device: torch.device) -> Any:
+    """The model on the device, with its loading info where that was asked for."""
+    return (loaded[0].to(device), *loaded[1:]) if isinstance(loaded, tuple) else loaded.to(device)
+
+
 @dataclass
 class _Request:
     """One call of `from_pretrained`, on one rank."""
@@ -159,6 +171,7 @@ class _Request:
     ep_size: int | None
     overlap: bool
     sequence_parallel: bool
+    strict: bool
     seed: int
     keywords: dict[str, Any]
 
@@ -169,12 +182,11 @@ class _Request:
         self.dtype = take("dtype", None) or take("torch_dtype", None) or "auto"
         self.generation_config = take("generation_config", None)
         self.wants_info = take("output_loading_info", False)
-        keys = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
-        self.loading_info: dict[str, set[str]] = {key: set() for key in keys}
+        self.loading_info: dict[str, Any] = {}
         self.fingerprint = ""
 
     def load(self) -> PreTrainedModel:
-        """The model with this rank's shards. No collective: a rank that fails is heard in `_together`."""
+        """The model with this rank's shards. No collective: a rank that fails is heard in `together`."""
         given, rest = self._config()
         model_class, config = resolve_model_class(
             self.auto_class, given, path_or_id=self.path, trust_remote_code=self.trust, **self.hub
@@ -185,7 +197,9 @@ class _Request:
         if (quantized := quantization(given)) is not None:
             tensors, config = dequantized(tensors, *quantized), without_quantization(config)
             self._say_dequantized(model_class, quantized[0])
-        model = load_lazily(model_class, config, tensors, dtype=self.dtype, seed=self.seed, **rest)
+        model, self.loading_info = load_lazily(
+            model_class, config, tensors, dtype=self.dtype, seed=self.seed, strict=self.strict, **rest
+        )
         table = make_plan(model, self.mesh.size(), self.tp_plan, ep_size=self.ep_size)
         state = model_state(model, table, self.mesh, self.ep, self.overlap, self.sequence_parallel)
         apply_plan(model, state, _reader(state), ShardedModel.for_model(model))
@@ -245,7 +259,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     state = required_state(model)
     files = find_checkpoint(os.fspath(path))
     tensors = open_checkpoint(files.files, files.index)
-    lazily = load_lazily(original_class(model), copy.deepcopy(model.config), tensors, dtype=model.dtype)  # type: ignore[arg-type]
+    lazily, _ = load_lazily(original_class(model), copy.deepcopy(model.config), tensors, dtype=model.dtype)  # type: ignore[arg-type]
     sources = dict((*lazily.named_parameters(remove_duplicate=False), *lazily.named_buffers()))
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         row = state.row(name)

@@ -33,12 +33,18 @@ class Outcome:
 
 
 def check(
-    outcome: Outcome, *, architectures: list[str], allow_mismatched: bool = False, key_mapping: dict[str, str] | None = None
+    outcome: Outcome,
+    *,
+    architectures: list[str],
+    allow_mismatched: bool = False,
+    strict: bool = True,
+    key_mapping: dict[str, str] | None = None,
 ) -> None:
     """Raise CheckpointError for all that doesn't fit; warn, once, of what `load_lazily` allows."""
     model = outcome.model
     other_class = bool(architectures) and type(model).__name__ not in architectures
-    outside = {name for name in outcome.missing | outcome.unexpected if other_class and not _within_base(model, name)}
+    gaps = outcome.missing | outcome.unexpected
+    outside = {name for name in gaps if not strict or (other_class and not _within_base(model, name))}
     new = outcome.missing & outside | (set(outcome.mismatched) if allow_mismatched else set())
     dropped = outcome.unexpected & outside
     errors = _Errors(outcome, _checkpoint_keys(outcome, key_mapping))
@@ -51,21 +57,24 @@ def check(
     }
     found = {kind: _shorten(entries) for kind, entries in problems.items() if entries}
     if found:
-        gaps = {"not_there": _shorten(lost)} if (lost := errors.gaps()) else {}
+        not_there = {"not_there": _shorten(lost)} if (lost := errors.gaps()) else {}
         written_by = {"written_by": ", ".join(architectures)} if other_class else {}
-        way_out = [
-            "use the config that belongs to this checkpoint, or",
-            "complete it: save the model again with save_pretrained",
-        ]
+        way_out = ["use the config that belongs to this checkpoint, or"]
+        if found.keys() <= {"missing", "unexpected"}:
+            way_out.append("strict=False, which initialises what is missing newly, and leaves out what is unexpected, or")
+        elif found.keys() <= {"shape"}:
+            way_out.append("ignore_mismatched_sizes=True, which initialises these newly, or")
+        way_out.append("complete it: save the model again with save_pretrained")
         headline = f"{type(model).__name__}: the checkpoint does not fit the model."
-        raise CheckpointError(describe(headline, **found, **gaps, **written_by, either=way_out))
+        raise CheckpointError(describe(headline, **found, **not_there, **written_by, either=way_out))
     if new or dropped:
-        _warn(model, architectures, new, dropped)
+        _warn(model, architectures if other_class else [], new, errors.unexpected(dropped))
 
 
-def _warn(model: PreTrainedModel, architectures: list[str], new: set[str], dropped: set[str]) -> None:
-    facts = {"newly_initialised": _shorten(sorted(new)), "left_out": _shorten(sorted(dropped))}
-    headline = f"{type(model).__name__}: the checkpoint was written by {', '.join(architectures) or 'this class'}."
+def _warn(model: PreTrainedModel, writers: list[str], new: set[str], dropped: list[str]) -> None:
+    facts = {"newly_initialised": _shorten(sorted(new)), "left_out": _shorten(dropped)}
+    what = f"was written by {', '.join(writers)}" if writers else "does not fit the model everywhere, which was allowed"
+    headline = f"{type(model).__name__}: the checkpoint {what}."
     warnings.warn(describe(headline, **{kind: names for kind, names in facts.items() if names}), stacklevel=4)
 
 

@@ -25,10 +25,12 @@ def load_lazily(
     dtype: torch.dtype | str = "auto",
     seed: int | None = None,
     ignore_mismatched_sizes: bool = False,
+    strict: bool = True,
     key_mapping: dict[str, str] | None = None,
     **model_kwargs: Any,
-) -> PreTrainedModel:
-    """A `model_class` whose parameters and persistent buffers are lazy, of their full shapes and final dtypes, tied as ever.
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A `model_class` whose parameters and persistent buffers are lazy, of their full shapes and final dtypes, tied as ever;
+    and what transformers says of the keys, as its `output_loading_info` does.
 
     What isn't in the checkpoint is a plain CPU tensor: non-persistent buffers, and newly initialised parameters. The model is
     in evaluation mode, and `config` is not changed.
@@ -44,6 +46,7 @@ def load_lazily(
         dtype: of floating parameters; `"auto"`: what the config or else the checkpoint says.
         seed: of new initialisation, on its own random state; give all ranks the same one. None: torch's current state.
         ignore_mismatched_sizes: initialise parameters of another shape newly, with the same warning.
+        strict: with False, allow keys that are missing or left over everywhere, with that warning.
         key_mapping, model_kwargs: as for `from_pretrained`; the latter go to the model's constructor.
 
     Raises:
@@ -77,9 +80,10 @@ def load_lazily(
         ),
         architectures=list(config.architectures or []),
         allow_mismatched=ignore_mismatched_sizes,
+        strict=strict,
         key_mapping=key_mapping,
     )
-    return model
+    return model, info
 
 
 @contextmanager
