@@ -5,6 +5,7 @@ rank.
 from __future__ import annotations
 
 import os
+from functools import wraps
 from math import prod
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 
 from shardwise.errors import ShardwiseError, describe
 from shardwise.generation import same_random_state
-from shardwise.hf import AdaptersSeen, load_adapter, save_adapter
+from shardwise.hf import AdaptersSeen, attentions_are_asked_for, gather_attentions, load_adapter, save_adapter
 from shardwise.layers import ParallelStyle
 from shardwise.model_state import required_state
 from shardwise.parallelize import apply_adapters
@@ -28,6 +29,21 @@ class ShardedModel(ParallelStyle):
 
     prefix = ""
     _adapters: AdaptersSeen
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        own: Any = super().forward
+
+        @wraps(own)  # transformers reads the signature
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if not attentions_are_asked_for(self.config, kwargs):
+                return own(self, *args, **kwargs)
+            as_tuple = kwargs.get("return_dict") is False
+            output = own(self, *args, **(kwargs | {"return_dict": True} if as_tuple else kwargs))
+            gather_attentions(output, self.config, self._tp.mesh)
+            return output.to_tuple() if as_tuple else output
+
+        cls.forward = forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if "peft_config" in self.__dict__ and not torch.compiler.is_compiling():
@@ -136,7 +152,9 @@ class ShardedModel(ParallelStyle):
         state = required_state(self)
         if state.ep.size() > state.mesh.size():
             kwargs.setdefault("synced_gpus", True)
-        return super().generate(*args, **kwargs)  # type: ignore[misc]
+        generated = super().generate(*args, **kwargs)  # type: ignore[misc]
+        gather_attentions(generated, self.config, state.mesh)  # of the encoder, which it calls itself
+        return generated
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Write the ordinary checkpoint, or, of a model with adapters of `add_adapter` or `load_adapter`, the adapter, as

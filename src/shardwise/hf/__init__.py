@@ -6,7 +6,7 @@
 | `towers` | what lies around the text model of a vision-language or audio model |
 | `auto` | which class an Auto class stands for, generation config |
 | `load`, `checks` | a model made of lazy tensors, and whether the checkpoint fitted it |
-| `recording` | what is collected while a model runs |
+| `recording`, `attentions` | what is collected while a model runs |
 | `adapters` | loading and saving of PEFT's adapters |
 | `simulating` | what a model must be told when it runs on tensors without values |
 | `configs` | a config as a text |
@@ -16,6 +16,7 @@
 """
 
 from shardwise.hf.adapters import AdaptersSeen, load_adapter, save_adapter
+from shardwise.hf.attentions import attentions_are_asked_for, gather_attentions
 from shardwise.hf.auto import attach_generation_config, quantization, resolve_model_class, without_quantization
 from shardwise.hf.configs import config_text
 from shardwise.hf.feeds import sample_feeds
@@ -43,6 +44,7 @@ __all__ = [
     "AdaptersSeen",
     "Feed",
     "attach_generation_config",
+    "attentions_are_asked_for",
     "base_model",
     "base_prefixes",
     "build",
@@ -56,6 +58,7 @@ __all__ = [
     "description_files",
     "elements",
     "frozen_model_rules",
+    "gather_attentions",
     "has_expert_plan",
     "hidden_states_are_recorded",
     "layer_kinds",
