@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from shardwise import tiny
+
 COMMON: dict[str, object] = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -97,10 +99,12 @@ def _correction_biases(model: nn.Module) -> Iterator[Tensor]:
 
 
 def checkpoint(factory: pytest.TempPathFactory, name: str) -> Path:
-    """A directory with the checkpoint of `build(name)`, written once a session."""
+    """A directory with the checkpoint of `build(name)`, or of a type not in `TYPES` of `tiny.build(name)`, written once
+    a session.
+    """
     path = factory.getbasetemp() / "checkpoints" / name
     if not path.exists():
-        build(name).save_pretrained(path)
+        (build(name) if name in TYPES else tiny.build(name)).save_pretrained(path)
     return path
 
 

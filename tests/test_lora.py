@@ -21,6 +21,8 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:Setting `save_embedding_layers`",
     "ignore:Model has `tie_word_embeddings=True`",
     "ignore:Could not find a config file",
+    "ignore:The following (rank|alpha)_pattern keys did not match",  # of the half of a fused weight that a layer hasn't
+    "ignore:Setting fan_in_fan_out|fan_in_fan_out is set to False",
     "ignore:.*LoRA tensor.* have invalid shape",  # lora_bias has one dim
 )
 GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 127, "n_positions": 48}
@@ -31,15 +33,18 @@ GPT2 |= {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "bos_token_id
     ("name", "changes"),
     [
         ("llama", {"target_modules": EVERYTHING}),
-        ("qwen2", {"use_rslora": True, "lora_bias": True, "target_modules": ["q_proj", "v_proj"]}),
+        ("qwen2", {"use_rslora": True, "lora_bias": True, "bias": "all", "target_modules": ["q_proj", "v_proj"]}),
         ("gemma2", {"modules_to_save": ["o_proj"], "target_modules": ["q_proj", "k_proj", "down_proj"]}),
         ("phi3", {"target_modules": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]}),
-        ("deepseek_v3", {"target_modules": ["q_a_proj", "q_b_proj", "kv_b_proj", "o_proj"]}),
+        ("deepseek_v3", {"target_modules": "all-linear"}),
+        ("qwen3_moe", {"target_modules": "all-linear"}),
+        ("gpt_oss", {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}),
     ],
 )
 def test_adapter_of_two_ranks_is_that_of_one_process(pool2, tmp_path_factory, name, changes):
     """Guards: an A behind a column-wise layer whose gradient is a part, a B as long as the whole layer, a row-wise A whose
-    product is not summed or summed twice, in logits, gradients, clipping, tokens and merging.
+    product is not summed or summed twice, in logits, gradients, clipping, tokens and merging. And the same of stacked experts
+    and of a latent projection, whose rotary features a rank's heads alone read.
     """
     path = checkpoint(tmp_path_factory, name)
     folder = adapter(path, tmp_path_factory.mktemp(f"adapter-{name}"), **changes)

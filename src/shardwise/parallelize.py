@@ -28,6 +28,7 @@ from shardwise.layers import (
     is_product,
     original_class,
     parallel_class,
+    stores_transposed,
 )
 from shardwise.model_state import STATE, ModelState, refuse_parallel, required_state
 from shardwise.plan import Plan
@@ -229,6 +230,7 @@ def _parallelize_module(module: nn.Module, row: ModuleSpec, model: ModelState, r
             own[child] = plan[name]
     layouts = {child: (spec.layout, spec.shape) for child, spec in own.items()}
     paths = tuple((tuple(path), name) for *path, name in (full.split(".") for full in row.stream_parameters))
+    _say_full_shapes(module, own)
     state = ShardState(
         mesh, model.mesh, layouts, row.transposed, dict(row.options), region, stream=model.stream, stream_parameters=paths
     )
@@ -254,6 +256,15 @@ def _parallelize_module(module: nn.Module, row: ModuleSpec, model: ModelState, r
         state.region = region = region or OverlappedRegion(alone=True)
         assert isinstance(region, OverlappedRegion)
         region.join(module)
+
+
+def _say_full_shapes(module: nn.Module, own: Mapping[str, ShardSpec]) -> None:
+    """Where PEFT takes an adapter's width from a parameter, by the attribute that it reads first: the adapter then starts out
+    as in one process.
+    """
+    for child, row in own.items():
+        if row.sharded and not row.buffer and (stores_transposed(module) or len(row.shape) == 3):
+            module._parameters[child].ds_shape = torch.Size(row.shape)  # type: ignore[union-attr]
 
 
 def _leave_experts_to_us(model: nn.Module, state: ModelState) -> None:

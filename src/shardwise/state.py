@@ -52,15 +52,15 @@ def full_gradients(model: nn.Module) -> dict[str, Tensor] | None:
 
 
 def gather_adapters(model: nn.Module, named: MutableMapping[str, Tensor], prefix: str) -> None:
-    """Put the full tensors of the adapters, and of the embeddings, which PEFT may save beside them, into a state dict of the
-    parallel `model`, whose names there start with `prefix`. Collective.
+    """Put the full tensors of the adapters, and of the embeddings and biases, which PEFT may save beside them, into a state
+    dict of the parallel `model`, whose names there start with `prefix`. Collective.
     """
     state = required_state(model)
     meet(state.ep, "state_dict")
     kept = {id(tensor) for module in _embeddings(model) for tensor in module.parameters()}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         row = state.row(name)
-        wanted = id(parameter) in kept or (state.adapters is not None and name in state.adapters)
+        wanted = id(parameter) in kept or "bias" in name or (state.adapters is not None and name in state.adapters)
         cut = row is not None and row.sharded and tuple(parameter.shape) == state.local_shape(row)  # else it is full yet
         if row is not None and wanted and cut and prefix + name in named:
             named[prefix + name] = gather_full(row, parameter.detach(), state.axis_of(row))

@@ -6,6 +6,7 @@
                           the base's inputs
     kept whole            whole              whole
     an embedding          whole              whole
+    stacked experts       cut as their inputs, or B as their outputs; the other one whole
 
 PEFT makes every adapter as long as the layer is in one process (it reads `in_features` and `out_features`), so the same seed
 gives the same adapter; then each rank keeps its part. What is no LoRA, or changes the base layer's weight, is refused.

@@ -60,5 +60,5 @@ def _config_problems(config: Any) -> Iterator[str]:
     for field_name in ("layer_replication", "trainable_token_indices", "megatron_config"):
         if getattr(config, field_name, None):
             yield f"{field_name} is set"
-    if getattr(config, "bias", "none") != "none":
-        yield f"bias={config.bias!r} would save a rank's part of the biases"
+    if getattr(config, "target_modules_to_tie", None):
+        yield "ensure_weight_tying ties adapters of the embedding and the head, of which a rank has other parts"

@@ -27,7 +27,7 @@ def adapted_model(model: nn.Module) -> nn.Module:
     """
     inner: nn.Module = model.get_base_model() if _is_peft_model(model) else model  # type: ignore[operator]
     for name, wrapper in wrappers(inner):
-        if kind_of(wrapper) != "lora" or not isinstance(inner, PreTrainedModel):
+        if kind_of(wrapper) not in ("lora", "experts") or not isinstance(inner, PreTrainedModel):
             raise ShardwiseError(
                 describe(
                     f"{name}: a model with {type(wrapper).__name__} in it cannot become parallel.",
@@ -71,6 +71,13 @@ def wrappers(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
+def nested(name: str, wrapper: Any) -> Iterator[tuple[str, Any]]:
+    """The layer of PEFT's at path `name`, and those inside of it, one for each parameter of the same module."""
+    while kind_of(wrapper) == "experts":
+        yield name, wrapper
+        name, wrapper = f"{name}.base_layer", wrapper.base_layer
+
+
 def _peft_kinds() -> tuple[type, ...]:
     # Who has adapters has imported PEFT; nobody else needs it.
     if "peft" not in sys.modules:
@@ -90,10 +97,12 @@ def _is_peft_model(model: nn.Module) -> bool:
 
 
 def kind_of(wrapper: object) -> str:
-    """What a layer of PEFT's is: "lora", a "copy" that is trained whole, or "other"."""
+    """What a layer of PEFT's is: "lora", "experts" (a LoRA of a parameter), a "copy" that is trained whole, or "other"."""
     from peft.tuners import lora
     from peft.utils.other import ModulesToSaveWrapper
 
     if isinstance(wrapper, lora.Linear | lora.Embedding):
         return "lora"
+    if isinstance(wrapper, lora.ParamWrapper):
+        return "experts"
     return "copy" if isinstance(wrapper, ModulesToSaveWrapper) else "other"

@@ -7,16 +7,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from shardwise.adapters.find import kind_of, ordinary_name, unwrapped, wrappers
+from shardwise.adapters.find import kind_of, nested, ordinary_name, unwrapped, wrappers
 from shardwise.errors import ShardwiseError, describe
 from shardwise.layers import (
     ColwiseGatherOutput,
     ColwiseParallel,
     CommonDropout,
     EmbeddingStyle,
+    ExpertAdapter,
     LocalDropout,
     MlaKvAProjGatherOutput,
     MlaKvAProjParallel,
+    MoeExpertsParallel,
     ParallelStyle,
     Replicate,
     ReplicatedWithGradAllReduce,
@@ -46,6 +48,9 @@ def adapter_plan(model: nn.Module, plan: Plan) -> Plan:
         if kind == "lora":
             layer.check()
             layer.add_to(found)
+        elif kind == "experts":
+            for path, inner in nested(name, wrapper):
+                replace(layer, name=path, wrapper=inner).add_parameter(found)
         elif kind == "copy":
             found.add_copies(layer)
         elif layer.concerned:
@@ -132,8 +137,10 @@ class _Layer:
 
     def _styles(self, style: type[ParallelStyle]) -> tuple[type[ParallelStyle] | None, type[ParallelStyle] | None]:
         """Of A and of B, for the style of the base; None where the module stays as it is."""
-        if issubclass(style, (MlaKvAProjGatherOutput, MlaKvAProjParallel, RowwiseScatterOutput)):
+        if issubclass(style, RowwiseScatterOutput):
             raise self.refused(f"the layer's style, {style.__name__}, does more than cut a product")
+        if issubclass(style, (MlaKvAProjGatherOutput, MlaKvAProjParallel)):
+            return None, style
         if issubclass(style, ColwiseParallel):
             return None, ColwiseGatherOutput if issubclass(style, ColwiseGatherOutput) else ColwiseParallel
         if issubclass(style, RowwiseInner):
@@ -155,7 +162,38 @@ class _Layer:
             partial = style is ReplicatedWithGradAllReduce or (style is not None and part == "lora_B" and self._partial())
             found.tensors.append(ShardSpec(f"{name}.{child}", shape, tensor.dtype, layout, partial))
         if style is not None:
-            found.modules.append(ModuleSpec(name, style))
+            same = self.spec is not None and style is self.spec.style
+            found.modules.append(ModuleSpec(name, style, options=self.spec.options if same and self.spec else {}))
+
+    def add_parameter(self, found: _Found) -> None:
+        """The rows of each adapter of a parameter: of a router, which is whole, or of a stack of experts' matrices.
+
+        Of a stack that is cut, the factor that has the cut dim is cut along it. The other one is whole, and meets a part of the
+        product on each rank: its gradient is summed.
+        """
+        if not self.concerned:
+            for part in ("lora_A", "lora_B"):
+                for adapter, linear in getattr(self.wrapper, part).items():
+                    self._add(found, part, adapter, linear, None)
+            return
+        row, wrapper = self.plan.get(f"{ordinary_name(self.name)}.{self.wrapper.parameter_name}"), self.wrapper
+        style = self.spec.style if self.spec is not None else Replicate
+        cut = row.layout.cut(row.shape) if row is not None else None
+        if row is None or cut is None or len(row.shape) != 3 or cut[0] == 0 or not issubclass(style, MoeExpertsParallel):
+            raise self.refused(f"the parameter {wrapper.parameter_name} is no stack of experts' matrices, each of them cut")
+        assert isinstance(row.layout, Sharded | Packed)
+        outputs_last = not wrapper._did_swap_in_out_features
+        split = "lora_B" if (cut[0] == 2) == outputs_last else "lora_A"
+        inputs, outputs = row.shape[1:] if outputs_last else reversed(row.shape[1:])
+        found.modules.append(ModuleSpec(self.name, ExpertAdapter))
+        for adapter in wrapper.lora_A:
+            for part in ("lora_A", "lora_B"):
+                tensor, name = getattr(wrapper, part)[adapter].weight, f"{self.name}.{part}.{adapter}"
+                shape = (tensor.shape[0], inputs) if part == "lora_A" else (outputs, tensor.shape[1])
+                layout = replace(row.layout, dim=1 if part == "lora_A" else 0) if part == split else Replicated()
+                found.tensors.append(ShardSpec(f"{name}.weight", shape, tensor.dtype, layout, part != split))
+                if part != split:
+                    found.modules.append(ModuleSpec(name, ReplicatedWithGradAllReduce))
 
     def _partial(self) -> bool:
         row = self.weight
@@ -172,7 +210,7 @@ class _Layer:
 
     def _full_shape(self, part: str, tensor: Tensor) -> tuple[int, ...]:
         row = self.weight
-        if row is None:
+        if row is None or not self.concerned:
             return tuple(tensor.shape)
         outputs, inputs = reversed(row.shape) if stores_transposed(self.base) else row.shape
         if part == "lora_B":

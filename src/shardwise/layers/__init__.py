@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
-from shardwise.layers.adapters import CommonDropout, LocalDropout, WholeEmbeddingAdapter
+from shardwise.layers.adapters import CommonDropout, ExpertAdapter, LocalDropout, WholeEmbeddingAdapter
 from shardwise.layers.alibi import LocalHeadBias
 from shardwise.layers.base import (
     Axis,
@@ -169,6 +169,7 @@ __all__ = [
     "EpDispatchExperts",
     "EpRouter",
     "EpSortedExperts",
+    "ExpertAdapter",
     "ExpertParallel",
     "Facts",
     "GroupedGemm",

@@ -7,14 +7,15 @@ Around a column-wise base, A is whole and B column-wise, as the base is; around 
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from shardwise.layers.base import ParallelStyle
+from shardwise.layers.base import ParallelStyle, is_parallel
 from shardwise.layers.region import local_random_stream
 
 
@@ -63,3 +64,35 @@ class WholeEmbeddingAdapter(ParallelStyle):
         layout, _ = state.layouts["weight"]
         delta: Tensor = super().get_delta_weight(adapter)  # type: ignore[misc]
         return layout.shard(delta, state.mesh.get_local_rank(), state.mesh.size())  # type: ignore[no-any-return]
+
+
+class ExpertAdapter(ParallelStyle):
+    """PEFT's LoRA of stacked experts' matrices (experts, out, in), cut along out or in, as B (out, rank x experts), or
+    A (rank x experts, in), is too: what is added is of the local shape.
+
+    PEFT reads both weights past their modules' forward; of the whole one the gradient is summed.
+    """
+
+    prefix = "Local"
+
+    def get_delta_factors(self, adapter_name: str) -> Any:
+        """What PEFT adds to this rank's part of the weights, as two factors and a number."""
+        with self._summing(adapter_name):
+            return super().get_delta_factors(adapter_name)  # type: ignore[misc]
+
+    def get_delta_weight(self, adapter_name: str, *args: Any, **kwargs: Any) -> Tensor:
+        """The same as one tensor. Shape: as this rank's part of the weights."""
+        with self._summing(adapter_name):
+            return super().get_delta_weight(adapter_name, *args, **kwargs)  # type: ignore[misc, no-any-return]
+
+    @contextmanager
+    def _summing(self, adapter: str) -> Iterator[None]:
+        factors: list[Any] = [self.lora_A[adapter], self.lora_B[adapter]]  # type: ignore[index]
+        states = [factor._tp for factor in factors if is_parallel(factor)]
+        for state in states:
+            state.summed = {}
+        try:
+            yield
+        finally:
+            for state in states:
+                state.summed = None
