@@ -7,7 +7,9 @@ import re
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-_OF_A_TYPE = re.compile(r"(?P<file>.*/test_(?:architectures|options|wrappers)\.py)::\w+\[(?:tp\d-)?(?P<name>[^\]]+)\]")
+_OF_A_TYPE = re.compile(
+    r"(?P<file>.*/test_(?:architectures|options|other_configs|wrappers)\.py)::\w+\[(?:tp\d-)?(?P<name>[^\]]+)\]"
+)
 
 
 class ByFile(LoadScopeScheduling):
