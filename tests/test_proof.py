@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import broken_styles  # noqa: F401  registers what is wrong
 import shardwise
@@ -16,6 +17,7 @@ from shardwise.infer import Island, Proof, examine
 from shardwise.infer.compare import Run, compare
 from shardwise.infer.parts import only, parts_of
 from shardwise.resolve import resolve
+from shardwise.spec import Rule
 from shardwise.verify import Verification
 from shardwise.verify.judge import before_ranks, with_proof
 from shardwise.verify.result import Check, Culprit
@@ -115,6 +117,53 @@ def test_gradient_that_is_no_number_is_wrong(gradients, passes):
     proof = compare(expected, plan, [Run(gradients={"weight": torch.tensor([found])}) for found in gradients])
     assert bool(proof) is passes
     assert passes or proof.place == "weight"
+
+
+class Trained(nn.Module):
+    """An MLP that does something else in training.
+
+    Args:
+        otherwise: what, with the hidden features.
+    """
+
+    def __init__(self, otherwise: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.up, self.drop, self.norm, self.down = nn.Linear(8, 16), nn.Dropout(0.5), nn.BatchNorm1d(8), nn.Linear(16, 8)
+        self.otherwise = otherwise
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, 8) -> the same."""
+        h = self.drop(self.up(x).relu())
+        return self.norm(x) + self.down(self.otherwise(h) if self.training else h)
+
+
+def unlike_itself(h: Tensor) -> Tensor:
+    """Another one at each call."""
+    return h + torch.randn(h.shape)
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+@pytest.mark.parametrize(
+    ("otherwise", "norm", "passes"),
+    [
+        (torch.tanh, False, True),
+        (lambda h: h / h.norm(dim=-1, keepdim=True), False, False),
+        (unlike_itself, False, True),
+        (torch.tanh, True, True),
+    ],
+    ids=["parts alone", "all features", "random", "statistics of batches"],
+)
+def test_training_code_is_proven(otherwise, norm, passes, batches):
+    """Guards: a plan that is right in evaluation alone; dropout, noise or running statistics, which are others on each rank or
+    at each call, taken for errors.
+    """
+    model = Trained(otherwise)
+    model.norm = model.norm if norm else nn.Identity()
+    plan = resolve(model, [Rule("up", "colwise", "user"), Rule("down", "rowwise", "user")], 2)
+    inputs = [{"x": torch.randn(4, 8, generator=torch.Generator().manual_seed(seed))} for seed in range(batches)]
+    proof = examine(plan, model, inputs)
+    assert bool(proof) is passes, proof.problem
+    assert passes or "up, down" in [island.name for island in proof.islands if island.problem]
 
 
 RIGHT, WRONG = (Check("logits", error, 1e-4, "", "noise") for error in (1e-7, 0.5))

@@ -19,7 +19,7 @@ from shardwise.hf.adapters import AdaptersSeen, load_adapter, save_adapter
 from shardwise.hf.attentions import attentions_are_asked_for, gather_attentions
 from shardwise.hf.auto import attach_generation_config, quantization, resolve_model_class, without_quantization
 from shardwise.hf.configs import config_text
-from shardwise.hf.feeds import sample_feeds
+from shardwise.hf.feeds import in_training, is_rate, sample_feeds, without_dropout
 from shardwise.hf.kinds import cut, layer_kinds, layer_of
 from shardwise.hf.load import load_lazily
 from shardwise.hf.recording import hidden_states_are_recorded
@@ -61,6 +61,8 @@ __all__ = [
     "gather_attentions",
     "has_expert_plan",
     "hidden_states_are_recorded",
+    "in_training",
+    "is_rate",
     "layer_kinds",
     "layer_of",
     "load_adapter",
@@ -73,5 +75,6 @@ __all__ = [
     "save_adapter",
     "specimen",
     "unpacked_sequences",
+    "without_dropout",
     "without_quantization",
 ]

@@ -47,7 +47,7 @@ def sample_feeds(model: PreTrainedModel) -> list[Inputs | Callable[[nn.Module], 
     if len(batches) > 1 and _runs(model, padded := _padded(batches[1])):
         feeds[1] = padded
     if not _has_gradient(model, batches[0]):
-        feeds = [_in_training(inputs) for inputs in feeds if not callable(inputs)]
+        feeds = [in_training(inputs) for inputs in feeds if not callable(inputs)]
     caches = (_takes_cache(model), False) if model.can_generate() else ()
     ways = (_from_cache(batches[0], model.config.is_encoder_decoder, given) for given in caches)
     cached = next((way for way in ways if _runs(model, way)), None)
@@ -177,18 +177,29 @@ def _has_gradient(model: PreTrainedModel, inputs: Inputs) -> bool:
     return True
 
 
-def _in_training(inputs: Inputs) -> Callable[[nn.Module], object]:
-    """Calls a model as in training, but for dropout."""
+def in_training(inputs: Inputs) -> Callable[[nn.Module], object]:
+    """Calls a model with `inputs` as in training, but for dropout. It is left so, for backward."""
 
     def run(model: nn.Module) -> object:
-        for module in model.train().modules():
-            if isinstance(getattr(module, "dropout", None), float):
-                module.dropout = 0.0  # type: ignore[assignment]
-            elif isinstance(module, nn.Dropout):
-                module.p = 0.0
-        return model(**inputs)
+        without_dropout(model)
+        return model.train()(**inputs)
 
     return run
+
+
+def without_dropout(model: nn.Module) -> None:
+    """Set every rate of dropout, of layers that are left out, and of noise on routers to zero."""
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if is_rate(name, value):
+                setattr(module, name, 0.0)
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+
+
+def is_rate(name: str, value: object) -> bool:
+    """Whether the attribute `name`, of this `value`, says how much is dropped at random, or changed."""
+    return ("drop" in name or "jitter" in name) and isinstance(value, float)
 
 
 def _takes_cache(model: PreTrainedModel) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from shardwise.errors import PlanError, describe
-from shardwise.hf import LARGE, LARGE_WEIGHT, Feed, elements, layer_kinds, sample_feeds, specimen
+from shardwise.hf import LARGE, LARGE_WEIGHT, Feed, elements, in_training, layer_kinds, sample_feeds, specimen
 from shardwise.infer.feeds import floats
 from shardwise.infer.given import Given
 from shardwise.infer.values import randomise, with_values
@@ -73,7 +74,36 @@ def _subject(made: _Model, feeds_of: Callable[[_Model], Sequence[Feed]], model: 
         return found
 
     found = with_values(tried, feeds) if any(parameter.is_meta for parameter in tried.parameters()) else feeds_of(tried)
+    found = _with_training(tried, found)
     return Subject(tried, found, _short(found[0]) if elements(model) > LARGE else found[0], _words(tried, model))
+
+
+def _with_training(model: nn.Module, feeds: Sequence[Feed]) -> Sequence[Feed]:
+    """`feeds`, the second of which is called as in training, but for dropout; of one alone, that besides, where something else
+    comes of it. They are left as they are where what comes of it changes from call to call, or changes the model.
+    """
+    plain = [number for number, feed in enumerate(feeds) if not callable(feed)]
+    if not plain:
+        return feeds
+    number = plain[:2][-1]
+    trained = in_training(feeds[number])  # type: ignore[arg-type]  # is none that is called
+    before = [buffer._version for buffer in model.buffers()]
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            first, second = floats(model, trained), floats(model, trained)
+            evaluated = floats(model, feeds[number])
+    except Exception:  # whatever a model's code says that is not made to be trained
+        return feeds
+    if not _same(first, second) or before != [buffer._version for buffer in model.buffers()]:
+        return feeds
+    if len(plain) > 1:
+        return [trained if at == number else feed for at, feed in enumerate(feeds)]
+    return feeds if _same(first, evaluated) else [*feeds, trained]
+
+
+def _same(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+    return len(first) == len(second) and all(map(torch.equal, first, second))
 
 
 def _short(feed: Feed) -> Feed:

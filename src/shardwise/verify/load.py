@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from shardwise import loading
 from shardwise.errors import ShardwiseError, describe
-from shardwise.hf import class_of, quantization
+from shardwise.hf import class_of, is_rate, quantization, without_dropout
 from shardwise.layers.registry import register_style
 from shardwise.mesh import local_device
 from shardwise.verify.settings import Settings
@@ -116,23 +116,14 @@ def _config(path: str) -> PreTrainedConfig:
     config = copy.deepcopy(AutoConfig.from_pretrained(path))
     for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
         for name, value in list(vars(part).items()) if isinstance(part, PreTrainedConfig) else ():
-            if _is_rate(name, value):
+            if is_rate(name, value):
                 setattr(part, name, 0.0)
     return config
 
 
 def _without_dropout(model: Any) -> Any:
-    for module in model.modules():
-        for name, value in list(vars(module).items()):
-            if _is_rate(name, value):
-                setattr(module, name, 0.0)
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.p = 0.0
+    without_dropout(model)
     return model
-
-
-def _is_rate(name: str, value: object) -> bool:
-    return ("drop" in name or "jitter" in name) and isinstance(value, float)
 
 
 def _import_file(path: Path) -> None:
