@@ -24,10 +24,13 @@ def end_rules(model: nn.Module, products: Collection[Product], last: Collection[
     those of one tied parameter together.
     """
     enough = min(LARGE * sum(parameter.numel() for parameter in model.parameters()), AT_LEAST)
+    alike: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        alike[wildcard(name)] = alike.get(wildcard(name), 0) + parameter.numel()
     found: dict[str, list[Rule]] = {}
     for product in products:
         parameter = model.get_parameter(product.weight)
-        if parameter.numel() <= enough or parameter.shape[0] < size:
+        if alike[wildcard(product.weight)] <= enough or parameter.shape[0] < size:
             continue
         holders = [(name, module) for name, module in model.named_modules() if module._parameters.get("weight") is parameter]
         for name, module in holders:
@@ -61,11 +64,14 @@ def gathered(model: nn.Module, plan: Plan, size: int, left: Mapping[str, str]) -
             row = plan.get(f"{name}.weight")
             if row is not None and not row.sharded and not row.aliases and min(row.shape) >= size:
                 families.setdefault(wildcard(name), []).append(name)
+    latent = {name for name, rule in plan.rules.items() if rule.style == "mla_kv_a_proj"}
     found = []
     for family, names in families.items():
         if sum(prod(plan[f"{name}.weight"].shape) for name in names) > LARGE * total:
             reason = f"its weight is cut, and its outputs gathered: {left.get(family, 'no part of what reads it is apart')}"
-            found.append([Rule(name, "colwise_gather_output", "inferred", reason=reason) for name in names])
+            gather = "colwise_gather_output"
+            styles = {name: "mla_kv_a_proj_gather_output" if name in latent else gather for name in names}
+            found.append([Rule(name, style, "inferred", reason=reason) for name, style in styles.items()])
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -41,6 +42,38 @@ def prophetnet(model: nn.Module, prefix: str, size: int) -> list[Rule]:
         found += _attention(prefix, name, module, size, inside, f"{name}.out_proj", "num_attn_heads", "ngram_heads")
         if hasattr(module, "ngram"):
             found.append(rule(f"{prefix}{name}.relative_pos_embeddings", "replicate", "its code mixes heads and positions"))
+    return found
+
+
+def reformer_attention(name: str, module: Any, size: int) -> list[Rule] | None:
+    """The rules for attention of a reversible layer, called `name`, on `size` ranks; None of any other, or with fewer heads."""
+    inner, output = module._modules.get("self_attention"), module._modules.get("output")
+    if not hasattr(inner, "all_head_size") or not hasattr(output, "dense") or inner.num_attention_heads < size:
+        return None
+    inside = [child for child in ("query", "key", "query_key", "value") if hasattr(inner, child)]
+    style = "hashed_heads" if hasattr(inner, "query_key") else "local_params"
+    count, to = "num_attention_heads", f"{name}.output.dense"
+    seeds = rule(name.rpartition(".")[0], "agreed_seeds", "what is drawn anew in each forward pass is the same on all ranks")
+    return [seeds, *_attention("", f"{name}.self_attention", inner, size, inside, to, count, style)]
+
+
+def reformer_mlp(name: str, module: Any, size: int) -> list[Rule] | None:
+    """The same for its MLP, which is computed in chunks."""
+    inner, output = module._modules.get("dense"), module._modules.get("output")
+    if not hasattr(module, "chunk_size_feed_forward") or not hasattr(inner, "dense") or not hasattr(output, "dense"):
+        return None
+    found = [rule(f"{name}.dense.dense", "colwise", _WITHOUT), rule(f"{name}.output.dense", "rowwise", _WITHOUT)]
+    return found if inner.dense.out_features >= size else None
+
+
+def ngram_attention(name: str, module: Any, size: int) -> list[Rule] | None:
+    """The rules for ProphetNet's attention, called `name`, on `size` ranks; None of any other, or with fewer heads."""
+    inside = ("query_proj", "key_proj", "value_proj")
+    if not {*inside, "out_proj"} <= module._modules.keys() or getattr(module, "num_attn_heads", 0) < size:
+        return None
+    found = _attention("", name, module, size, inside, f"{name}.out_proj", "num_attn_heads", "ngram_heads")
+    if hasattr(module, "ngram"):
+        found.append(rule(f"{name}.relative_pos_embeddings", "replicate", "its code mixes heads and positions"))
     return found
 
 

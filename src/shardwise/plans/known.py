@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from shardwise.plans import decoders, delta, doge, gemma3n, lightning, mixers, normed, recurrent, torch_modules, xlstm
+from shardwise.plans import decoders, delta, doge, gemma3n, heads, lightning, mixers, normed, recurrent, torch_modules, xlstm
 from shardwise.spec import Rule
 
 _KNOWN = (
@@ -20,6 +20,9 @@ _KNOWN = (
     normed.mlp,
     gemma3n.streams,
     torch_modules.attention,
+    heads.reformer_attention,
+    heads.reformer_mlp,
+    heads.ngram_attention,
 )
 
 
