@@ -23,8 +23,9 @@ from shardwise.infer.blocks import islands_of
 from shardwise.infer.feeds import floats
 from shardwise.infer.given import Given
 from shardwise.infer.probe import Probe
-from shardwise.infer.products import Trace, ValuesNeeded
+from shardwise.infer.products import ValuesNeeded
 from shardwise.infer.subject import subject
+from shardwise.infer.trace import Trace
 from shardwise.layers import Cut
 from shardwise.layout import Block, Sharded
 from shardwise.plan import Plan

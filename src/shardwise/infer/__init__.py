@@ -2,11 +2,11 @@
 
 | | |
 |---|---|
-| `products` | a forward pass, cut at every product with a parameter |
+| `products`, `trace` | the products with parameters; a forward pass, cut at each of them |
 | `probe`, `sampled` | which outputs of products an input of a later one depends on; of wide ones, found from samples |
 | `islands`, `blocks` | what falls apart into components: heads, KV groups, channels; the same among blocks and samples |
 | `known`, `twins` | modules that are dealt as we know (state-space mixers, recurrent units); layers tied to others |
-| `layouts`, `proposals`, `ends` | components as blocks, islands as rules, and the vocabulary |
+| `layouts`, `targets`, `proposals`, `ends` | components as blocks, what rules name, islands as rules, and the vocabulary |
 | `simulate`, `compare`, `proof` | every rank on a thread, and the figures |
 | `parts` | a plan taken apart, for what is wrong in it |
 | `given` | products whose weights are too large to be made: what comes out of them is given |

@@ -18,11 +18,13 @@ from shardwise.infer.feeds import floats
 from shardwise.infer.known import known_proposals, outside
 from shardwise.infer.named import Named
 from shardwise.infer.probe import Probe
-from shardwise.infer.products import Product, Trace
-from shardwise.infer.proposals import NotPossible, Proposal, propose
+from shardwise.infer.products import Product
+from shardwise.infer.proposals import Proposal, propose
 from shardwise.infer.sampled import Reads
 from shardwise.infer.simulate import Reference
 from shardwise.infer.subject import subject
+from shardwise.infer.targets import NotPossible
+from shardwise.infer.trace import Trace
 from shardwise.mesh import started_ranks
 from shardwise.plan import Plan, wildcard
 from shardwise.spec import Rule

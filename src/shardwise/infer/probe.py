@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from shardwise.infer.products import Call, Product
+from shardwise.infer.products import Product
 from shardwise.infer.sampled import DENSE, Ask, Reads, read_blocks, read_sampled
+from shardwise.infer.trace import Call
 from shardwise.plan import wildcard
 
 _AT_ONCE = 16

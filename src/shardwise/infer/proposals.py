@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -10,12 +10,12 @@ from torch import nn
 from shardwise.infer.islands import EVERY, Island
 from shardwise.infer.layouts import cuts, unfolded
 from shardwise.infer.products import Product
-from shardwise.layers import ALIGNED, Cut, StackedColwise, stores_transposed
+from shardwise.infer.targets import SUMMED, NotPossible, around, latent, packed, runner, style_along, summed, target
+from shardwise.layers import ALIGNED, Cut
 from shardwise.plan import wildcard
 from shardwise.spec import Rule
 
 COMPUTED = "what the model computes falls apart into {} parts"
-SUMMED = "read whole by each of {} parts"
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,6 @@ class Proposal:
     def family(self) -> tuple[str, str, int]:
         """Layers are alike: one family for all that differ in their numbers alone."""
         return wildcard(self.place), self.kind, self.count
-
-
-class NotPossible(Exception):
-    """Why an island can't be written as rules, in words."""
 
 
 def propose(model: nn.Module, island: Island, size: int, elsewhere: Iterable[Product]) -> Proposal:
@@ -105,20 +101,20 @@ class _Draft:
 
         Raises `NotPossible` where there is none.
         """
-        targets = {product: _target(self.model, product) for product in self.island.products}
-        bare = [(p, _runner(self.model, name)) for p, (name, is_bare) in targets.items() if is_bare and p.inputs is not None]
+        targets = {product: target(self.model, product) for product in self.island.products}
+        bare = [(p, runner(self.model, name)) for p, (name, is_bare) in targets.items() if is_bare and p.inputs is not None]
         if not bare:
             return [self._proposal(targets, self._rules(targets, elsewhere))]
         found, problems = [], []
         owners = {owner for product, owner in bare if not self._whole(product)}
-        around = [place for owner in owners for place in (owner, owner.rpartition(".")[0]) if place and len(owners) == 1]
-        for place in (*around, None):
+        places = [place for owner in owners for place in (owner, owner.rpartition(".")[0]) if place and len(owners) == 1]
+        for place in (*places, None):
             try:
                 if place is None:
                     rules = [*self._rules(targets, elsewhere), *self._at_products(bare)]
                     found.append(self._proposal(targets, rules))
                 else:
-                    found.append(self._around(place, targets))
+                    found.append(self._summed_around(place, targets))
             except NotPossible as problem:
                 problems.append(problem)
         if not found:
@@ -127,13 +123,13 @@ class _Draft:
 
     def _at_products(self, bare: Iterable[tuple[Product, str]]) -> Iterable[Rule]:
         """With a sum at each product, in the modules whose code multiplies."""
-        for product, runner in bare:
-            yield self._rule(runner, "products")
+        for product, at in bare:
+            yield self._rule(at, "products")
             owner = product.weight.rpartition(".")[0]
-            if owner != runner:
+            if owner != at:
                 yield self._rule(owner, "local_params")
 
-    def _around(self, place: str, targets: Mapping[Product, tuple[str, bool]]) -> Proposal:
+    def _summed_around(self, place: str, targets: Mapping[Product, tuple[str, bool]]) -> Proposal:
         """With one sum around the module at `place`: its arguments are whole, and its products all of bare parameters."""
         inside = {product: target for product, target in targets.items() if product.weight.startswith(f"{place}.")}
         for product, (name, _) in targets.items():
@@ -154,7 +150,7 @@ class _Draft:
         for name, parameter in module.named_parameters(prefix=place):
             direct = name.rpartition(".")[0] == place
             if name not in named and not (direct and (parameter.dim() < 2 or "bias" in name.rpartition(".")[2])):
-                rules.append(_summed(self.model, name, self.island))
+                rules.append(summed(self.model, name, self.island))
         return self._proposal(inside, rules)
 
     def _rules(self, targets: Mapping[Product, tuple[str, bool]], elsewhere: Collection[Product]) -> list[Rule]:
@@ -164,22 +160,22 @@ class _Draft:
         for product, (name, bare) in targets.items():
             whole = self._whole(product)
             if product in elsewhere:
-                rules.append(_latent(self.model, name, whole, product))
+                rules.append(latent(self.model, name, whole, product))
             elif product.inputs is None and whole:
-                rules.append(_summed(self.model, product.weight, island))
+                rules.append(summed(self.model, product.weight, island))
             else:
                 style, cut = self._styled(product, bare)
                 rules.append(Rule(name, style, "inferred", cut, reason=(SUMMED if whole else COMPUTED).format(count)))
         for name, (dim, _) in island.sliced.items():
-            rules.append(replace(self._rule(name, _style_along(self.model, name, dim)), cut=self.cut_of[name]))
-        return rules + [_summed(self.model, name, island) for name in island.shared]
+            rules.append(replace(self._rule(name, style_along(self.model, name, dim)), cut=self.cut_of[name]))
+        return rules + [summed(self.model, name, island) for name in island.shared]
 
     def _styled(self, product: Product, bare: bool) -> tuple[str, Cut]:
         consumer = product in self.island.consumers
         dim, fold = (product.inputs, product.input_fold) if consumer else (product.outputs, product.output_fold)
         assert dim is not None
         if bare:
-            style = _style_along(self.model, product.weight, dim)
+            style = style_along(self.model, product.weight, dim)
         elif product.inputs == 2:
             style = "stacked_rowwise" if consumer else "stacked_colwise"
         else:
@@ -188,7 +184,7 @@ class _Draft:
         cut = unfolded(self.cut_of[product], fold.pieces, fold.inner, length)
         if cut is None:
             raise NotPossible(f"parts of {product.weight} end within its dim {dim}")
-        return _packed(style, cut), cut
+        return packed(style, cut), cut
 
     def _rule(self, name: str, style: str) -> Rule:
         return Rule(name, style, "inferred", reason=COMPUTED.format(self.island.count))
@@ -197,7 +193,7 @@ class _Draft:
         rules = tuple(rules)
         numel = sum(self.model.get_parameter(product.weight).numel() for product in targets if not self._whole(product))
         names = tuple(dict.fromkeys(name for name, _ in targets.values()))
-        place = _around(names)
+        place = around(names)
         if any(rule.pattern == place.rpartition(".")[0] for rule in rules):  # what is summed around it is its parent
             place = place.rpartition(".")[0]
         kind = type(self.model.get_submodule(place)).__name__
@@ -223,67 +219,3 @@ def _coarser(cut: Cut) -> Cut:
 
 def _widths(cut: Cut) -> list[int]:
     return [block.unit for block in cut.blocks if block.spread != "whole"] or [cut.unit]
-
-
-def _target(model: nn.Module, product: Product) -> tuple[str, bool]:
-    """The linear layer or stacked product that `product` is, or its bare parameter (True)."""
-    owner, _, child = product.weight.rpartition(".")
-    module = model.get_submodule(owner)
-    if (product.inputs, product.outputs) == (2, 1) and StackedColwise.refuses(module) is None:
-        return owner, False
-    linear = child == "weight" and (isinstance(module, nn.Linear) or stores_transposed(module))
-    if linear and product.inputs is not None:
-        expected = (0, 1) if stores_transposed(module) else (1, 0)
-        if (product.inputs, product.outputs) != expected:
-            raise NotPossible(f"{product.weight} is used transposed")
-    return (owner, False) if linear else (product.weight, True)
-
-
-def _style_along(model: nn.Module, name: str, dim: int) -> str:
-    """The style that cuts dim `dim` of a parameter that a rule names itself."""
-    dims = model.get_parameter(name).dim()
-    if dims == 1 or dim == dims - 2:
-        return "colwise"
-    if dim == dims - 1:
-        return "rowwise"
-    if dim == 0:
-        return "local_rows"
-    raise NotPossible(f"{name} would be cut along dim {dim} of {dims}")
-
-
-def _packed(style: str, cut: Cut) -> str:
-    return f"packed_{style}" if cut.blocks and style in ("colwise", "rowwise") else style
-
-
-def _latent(model: nn.Module, name: str, whole: bool, product: Product) -> Rule:
-    """A projection to a latent, which is expanded elsewhere, and to what all heads read (multi-head latent attention)."""
-    parent = model.get_submodule(name.rpartition(".")[0])
-    config = getattr(parent, "config", None)
-    if whole and (hasattr(parent, "qk_rope_head_dim") or hasattr(config, "qk_rope_head_dim")):
-        return Rule(name, "mla_kv_a_proj", "inferred", reason="a latent, and what all heads read")
-    raise NotPossible(f"{product.weight} is read elsewhere, too")
-
-
-def _runner(model: nn.Module, name: str) -> str:
-    """The module whose code multiplies by the parameter called `name`: its owner, or what has a list of parameters."""
-    owner = name.rpartition(".")[0]
-    while isinstance(model.get_submodule(owner), nn.ParameterList | nn.ParameterDict):
-        owner = owner.rpartition(".")[0]
-    return owner
-
-
-def _summed(model: nn.Module, name: str, island: Island) -> Rule:
-    """For a parameter that each part reads whole: its gradient is summed."""
-    owner = name.rpartition(".")[0]
-    module = model.get_submodule(owner)
-    alone = not module._modules and sum(1 for p in module._parameters.values() if p is not None) == 1
-    reason = SUMMED.format(island.count)
-    return Rule(owner if alone else name, "replicated_with_grad_allreduce", "inferred", reason=reason)
-
-
-def _around(modules: Sequence[str]) -> str:
-    """The innermost module around several modules and parameters, by their names."""
-    parents = [name.split(".")[:-1] for name in modules]
-    common = [segments[0] for segments in zip(*parents, strict=False) if len(set(segments)) == 1]
-    depth = next((at for at, segments in enumerate(zip(*parents, strict=False)) if len(set(segments)) > 1), len(common))
-    return ".".join(parents[0][:depth])
