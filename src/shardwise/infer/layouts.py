@@ -29,7 +29,7 @@ def cuts(sides: Sequence[Owners], size: int) -> list[Cut] | None:
     dealt: set[tuple[Run, ...]] = {tuple((first, block.units) for first, block in side if first >= 0) for side in found}
     every = max(dealt, key=lambda one: len(one), default=())
     shared = {block.units for side in found for first, block in side if first < EVERY}
-    if shared and (len(every) > 1 or len(shared) > 1 or shared != _groups(sides)):  # else ranks have parts of several groups
+    if shared and (len(set(every)) > 1 or shared != _groups(sides)):  # else ranks have parts of several groups
         return None
     if any(not set(one) <= set(every) for one in dealt):
         return None
