@@ -18,7 +18,7 @@ from parity.calls import UNSOLVED
 from parity.others_table import TITLE as OTHERS_TITLE
 from parity.others_table import render_others, rows_of
 from parity.suite import Suite
-from parity.table import RANK_COUNTS, Result, Results, cells, render, show, with_rows
+from parity.table import RANK_COUNTS, Result, Results, cells, render, renewed, show, with_rows
 from parity.types import every, planned
 from parity.wrapper_table import TITLE, render_wrappers, size_of, wrapper_cells
 from shardwise.errors import PlanError
@@ -69,7 +69,7 @@ def _write(asked: list[str], plain: Results, wrapped: Results, rest: Mapping[str
     text = DOCUMENT.read_text()
     before, _, last = text.partition(f"\n## {OTHERS_TITLE}\n")
     first, heading, second = before.partition(f"\n## {TITLE}\n")
-    first = render(plain) if "types" in asked else with_rows(first, map(cells, plain, plain.values()))
+    first = render(plain) if "types" in asked else renewed(first, map(cells, plain, plain.values()))
     rows = map(wrapper_cells, wrapped, wrapped.values())
     second = render_wrappers(wrapped) if "wrappers" in asked else heading + with_rows(second, rows)
     last = render_others(rest) if "others" in asked else f"\n## {OTHERS_TITLE}\n{with_rows(last, rows_of(rest))}"
