@@ -230,3 +230,23 @@ def test_repr_shows_local_and_full_sizes(pool2, tmp_path_factory):
     assert re.search(r"\(embed_tokens\): VocabParallelEmbedding\(64 of 127, 64, tp=2\)", first)
     assert re.search(r"\(embed_tokens\): VocabParallelEmbedding\(63 of 127, 64, tp=2\)", second)
     assert first.startswith("LlamaForCausalLM(")
+
+
+# --- made anew ---
+
+
+def anew(path: Path) -> None:
+    """On a rank: models and layers that are made with the classes of parallel ones."""
+    model = load(path)
+    ordinary = type(model).from_pretrained(path)
+    assert type(ordinary) is LlamaForCausalLM
+    assert (logits(ordinary) - logits(model)).abs().max() < 1e-5
+    assert type(type(model)(model.config)) is LlamaForCausalLM
+    layer = model.model.layers[0].self_attn.q_proj
+    made = type(layer)(3, 5, bias=False)
+    assert (type(made), repr(made)) == (nn.Linear, "Linear(in_features=3, out_features=5, bias=False)")
+
+
+def test_what_is_made_with_the_class_of_a_parallel_model_is_ordinary(pool2, tmp_path_factory):
+    """Guards: a reference model (`type(model).from_pretrained`) of a parallel class, without what that needs to compute."""
+    pool2.run(anew, checkpoint(tmp_path_factory, "llama"))

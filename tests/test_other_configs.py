@@ -11,8 +11,8 @@ from dataclasses import replace
 
 import pytest
 
-from parity.variants import KEPT, Inferred, flipped, problem_of_flags, problem_of_sizes, resized
 from parity.types import every
+from parity.variants import KEPT, Inferred, flipped, problem_of_flags, problem_of_sizes, resized
 from shardwise import tiny
 from shardwise.hf import model_rules
 from shardwise.layers import Cut

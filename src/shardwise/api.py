@@ -25,7 +25,7 @@ from shardwise.hf import (
     model_rules,
     origin_of,
 )
-from shardwise.infer import LEAST, cut_share, infer_plan, plan_rest, plan_unknown
+from shardwise.infer import LEAST, cut_share, infer_plan, plan_rest, plan_unknown, prove_rules
 from shardwise.layers import ColwiseParallel, Stream
 from shardwise.layers.registry import style_named
 from shardwise.mesh import expert_axis, local_device, tp_mesh
@@ -101,6 +101,16 @@ def make_plan(
     return replace(table, origin=origin_of(model))
 
 
+def proven_plan(model: nn.Module, tp_size: int, plan: PlanLike, ep_size: int | None) -> Plan:
+    """As `make_plan`; the rules that the user wrote are shown to go together, where that can be shown. A `Plan` is taken as
+    it is.
+    """
+    table = make_plan(model, tp_size, plan, ep_size=ep_size)
+    if not isinstance(plan, Plan):
+        prove_rules(table, model, edited=is_plan_file(plan))
+    return table
+
+
 def parallelize(
     model: nn.Module,
     mesh: DeviceMesh | None = None,
@@ -131,6 +141,7 @@ def parallelize(
     The ranks go on with the first rank's random state, so that they drop out the same elements of what they have in common.
     Raises `PlanError` before anything is changed. Collective: every rank of the mesh must call it.
     """
+    _check_model(model)
     ep_size = asked_ep_size(plan, ep_size)
     axis = tp_mesh(device_mesh=mesh, ep_size=ep_size)
     if axis is None or max(axis.size(), ep_size or 1) == 1:
@@ -143,7 +154,7 @@ def parallelize(
     try:
 
         def planned() -> ModelState:
-            table = make_plan(inner, axis.size(), plan, ep_size=ep_size)
+            table = proven_plan(inner, axis.size(), plan, ep_size)
             return model_state(inner, table, axis, ep, overlap, sequence_parallel)
 
         state = together(ep, "parallelize", planned)
@@ -176,6 +187,20 @@ def unparallelize(model: nn.Module) -> nn.Module:
     meet(state.ep, "unparallelize")
     remove_plan(model, lambda row, tensor: gather_full(row, tensor, state.axis_of(row)))
     return model
+
+
+def _check_model(model: object) -> None:
+    """Raise `PlanError` for what is no model."""
+    if not isinstance(model, nn.Module):
+        raise PlanError(
+            describe(
+                f"parallelize: a model is needed, not {type(model).__name__}.",
+                either=[
+                    'shardwise.AutoModelForCausalLM.from_pretrained(path, tp_plan="auto") for a checkpoint, or',
+                    'shardwise.AutoModelForCausalLM.from_config(config, tp_plan="auto") for a config',
+                ],
+            )
+        )
 
 
 def same_everywhere(model: nn.Module, state: ModelState) -> dict[str, object]:
@@ -305,6 +330,12 @@ def _user_rules(model: nn.Module, plan: str | os.PathLike[str] | Mapping[str, st
     prefixes = ["", *base_prefixes(model)]
     rules = []
     for pattern, style in plan.items():
-        meant = [Rule(prefix + pattern, style, "user") for prefix in prefixes]
+        meant = [Rule(prefix + _pattern(pattern), style, "user") for prefix in prefixes]
         rules.append(next((rule for rule in meant if any(map(rule.matches, names))), meant[0]))
     return rules
+
+
+def _pattern(given: object) -> str:
+    if not isinstance(given, str):
+        raise PlanError(f'tp_plan: {given!r} is no pattern, which is a text such as "layers.*.mlp.up_proj".')
+    return given

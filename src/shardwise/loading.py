@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import logging
 
-from shardwise.api import PlanLike, asked_ep_size, make_plan, model_state, parallelize, same_everywhere
+from shardwise.api import PlanLike, asked_ep_size, model_state, parallelize, proven_plan, same_everywhere
 from shardwise.checkpoint import dequantized, find_checkpoint, fingerprint, open_checkpoint
 from shardwise.errors import PlanError, ShardwiseError, describe
 from shardwise.generation import same_random_state
@@ -200,7 +200,7 @@ class _Request:
         model, self.loading_info = load_lazily(
             model_class, config, tensors, dtype=self.dtype, seed=self.seed, strict=self.strict, **rest
         )
-        table = make_plan(model, self.mesh.size(), self.tp_plan, ep_size=self.ep_size)
+        table = proven_plan(model, self.mesh.size(), self.tp_plan, self.ep_size)
         state = model_state(model, table, self.mesh, self.ep, self.overlap, self.sequence_parallel)
         apply_plan(model, state, _reader(state), ShardedModel.for_model(model))
         if self.generation_config is not None:

@@ -102,10 +102,14 @@ def row_of(state: ModelState, name: str, tensor: Tensor) -> ShardSpec:
     raise ShardwiseError(
         describe(
             f"{name} was {'added' if row is None else 'replaced'} after the model became parallel.",
-            found=f"shape {tuple(tensor.shape)}" + ("" if row is None else f", where the plan says {row.shape} in all"),
+            found=f"shape {tuple(tensor.shape)}" + ("" if row is None else f", where {_part_in_words(state, row)}"),
             either=["change the ordinary model, and make it parallel then, or", "shardwise.unparallelize(model) first"],
         )
     )
+
+
+def _part_in_words(state: ModelState, row: ShardSpec) -> str:
+    return f"this rank's part of {row.shape} is {state.local_shape(row)}" if row.sharded else f"the plan says {row.shape}"
 
 
 def required_state(model: nn.Module) -> ModelState:

@@ -11,7 +11,7 @@
 | `parts` | a plan taken apart, for what is wrong in it |
 | `given` | products whose weights are too large to be made: what comes out of them is given |
 | `search`, `choose`, `lift` | what modules need besides cut weights; what passes; and for all layers |
-| `plan`, `prove` | what is called |
+| `plan`, `prove` | what is called; rules of the user's own, tried out before a weight is read |
 | `subject`, `values`, `feeds` | what plans are tried out on |
 | `switched` | modules that a model exchanges for others |
 | `unknown`, `named` | what `tp_plan="auto"` does of a model without a plan, or with one for a part of it |
@@ -20,7 +20,7 @@
 from shardwise.infer.choose import Inference
 from shardwise.infer.plan import infer, infer_plan
 from shardwise.infer.proof import Island, Proof
-from shardwise.infer.prove import examine, facts, prove
+from shardwise.infer.prove import examine, facts, prove, prove_rules
 from shardwise.infer.unknown import LEAST, cut_share, plan_rest, plan_unknown
 
 __all__ = [
@@ -36,4 +36,5 @@ __all__ = [
     "plan_rest",
     "plan_unknown",
     "prove",
+    "prove_rules",
 ]

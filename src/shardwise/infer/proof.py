@@ -43,6 +43,7 @@ class Proof:
         place: the module or the parameter where what is wrong begins; "" where nobody knows.
         errors: of each parameter's gradient, as `gradients`.
         islands: the parts that are cut by themselves, each with what was found of it, where that was asked for.
+        late: whether it was given up because it took too long.
     """
 
     size: int
@@ -54,11 +55,12 @@ class Proof:
     place: str = ""
     errors: Mapping[str, float] = field(default_factory=dict, repr=False)
     islands: tuple[Island, ...] = ()
+    late: bool = False
 
     def __bool__(self) -> bool:
         return self.problem is None
 
     @classmethod
-    def failed(cls, size: int, problem: str, place: str = "") -> Proof:
+    def failed(cls, size: int, problem: str, place: str = "", late: bool = False) -> Proof:
         """Of a plan that does not even run."""
-        return cls(size, float("inf"), float("inf"), "", problem, place=place)
+        return cls(size, float("inf"), float("inf"), "", problem, place=place, late=late)

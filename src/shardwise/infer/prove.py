@@ -13,7 +13,13 @@ from shardwise.infer.parts import Part, only, parts_of
 from shardwise.infer.proof import Island, Proof
 from shardwise.infer.simulate import Reference, check
 from shardwise.infer.subject import subject
+from shardwise.layers import STYLES
 from shardwise.plan import Plan
+from shardwise.testing import within_threads
+
+MOST_RANKS = 16
+"""Ranks up to which a user's rules are tried out unasked: each is a thread of every process."""
+_SHOWN = 8
 
 
 def prove(plan: Plan, model: nn.Module, example_inputs: Feed | Sequence[Feed] | None = None) -> Proof:
@@ -85,6 +91,40 @@ def _apart(reference: Reference, plan: Plan, parts: Sequence[Part], proof: Proof
         if others:
             return [proof if part in guessed else others for part in parts]
     return [check(reference, only(plan, [part])) for part in parts]
+
+
+def prove_rules(plan: Plan, model: nn.Module, edited: bool = False) -> None:
+    """Show that the rules of a plan which its user wrote go together with the rest, before a weight is read. `edited` says
+    that the user may have written them all.
+
+    Raises `PlanError` where they don't, as `prove` does. What can't be shown is taken as it is: plans with styles that the
+    user registered, or that deal experts; for more than `MOST_RANKS` ranks; for a model that no config of transformers
+    makes, or whose inputs aren't known here; on ranks that are threads already.
+    """
+    rules = (*(row.rule for row in plan.tensors), *(row.rule for row in plan.modules))
+    written = {str(rule): rule for rule in rules if rule is not None and (edited or rule.source == "user")}
+    ours = all(rule.style in STYLES and STYLES[rule.style].axis == "tp" for rule in written.values())
+    if not written or not ours or plan.size > MOST_RANKS or plan.ep_size != plan.size or within_threads():
+        return
+    try:
+        tried = subject(model, None, _cuts(plan))
+        reference = Reference.of(tried)
+    except Exception:  # whatever a model's own code may raise on inputs that are not for it
+        return
+    proof = check(reference, _of_the_same(plan, model, tried.model))
+    if proof.problem is not None and not proof.late:
+        raise PlanError(
+            describe(
+                f"The plan is wrong: {proof.problem}.",
+                ranks=str(plan.size),
+                rules=[*list(written)[:_SHOWN], *([f"and {len(written) - _SHOWN} more"] if len(written) > _SHOWN else [])],
+                found="on random weights, before any of the model's was read",
+                either=[
+                    "change these rules: a layer's neighbours have to be cut as it is, or all of them replicate, or",
+                    "tp_plan=shardwise.plan(config, tp_size, {...}), which is taken as it is",
+                ],
+            )
+        )
 
 
 def _cuts(plan: Plan) -> dict[str, Hashable]:

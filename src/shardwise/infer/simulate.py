@@ -83,14 +83,14 @@ def _run(reference: Reference, plan: Plan) -> Proof:
     try:
         ranks = run_threads(on_rank, plan.size, timeout=TIMEOUT)
         return compare(reference.run, plan, ranks)
+    except RankTimeoutError:
+        return Proof.failed(plan.size, f"not done in {TIMEOUT:.0f} seconds", late=True)
     except RankError as error:
         cause = error.__cause__ or error
         place = next(iter(runs[error.rank].running[-1:]), "")
         said = (str(cause).splitlines() or [""])[0]
         said = said if isinstance(cause, UnlikeOneProcess) else f"{type(cause).__name__}: {said}"
         return Proof.failed(plan.size, f"{said}, in {place}" if place else said, place)
-    except RankTimeoutError:
-        return Proof.failed(plan.size, f"not done in {TIMEOUT:.0f} seconds")
 
 
 def _states(model: nn.Module) -> Iterator[Tensor]:

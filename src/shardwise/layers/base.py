@@ -170,6 +170,11 @@ class ParallelStyle(nn.Module):
     sums_itself: ClassVar[bool] = True  # else whoever calls the module says which values its summed parameters have
     _tp: ShardState
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """What is made anew with the class of a parallel module (`type(model).from_pretrained(...)`) is an ordinary one."""
+        recipe: Recipe | None = vars(cls).get("_recipe")
+        return object.__new__(cls) if recipe is None else recipe[1](*args, **kwargs)
+
     @classmethod
     def layout(cls, shape: Shape, cut: Cut) -> Layout:
         """The layout of a parameter of full `shape`: of the module under the style, or one that a rule names itself."""
@@ -272,5 +277,4 @@ def _reduce_parallel(module: nn.Module, protocol: int) -> tuple[object, ...]:
 
 
 def _rebuild(*recipe: Any) -> nn.Module:
-    kind = parallel_class(*recipe)
-    return kind.__new__(kind)
+    return object.__new__(parallel_class(*recipe))

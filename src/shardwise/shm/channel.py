@@ -247,7 +247,17 @@ class Channel:
             if (left or not self._segment.is_alive(rank)) and not watch.ready():
                 self.listen()
                 how = "has left the group" if left else "is gone: its process has ended"
-                self.fail(LostRankError(self._lost(rank, how, watch, "see on that rank why")))
+                self.fail(
+                    LostRankError(
+                        self._lost(
+                            rank,
+                            how,
+                            watch,
+                            f"see what rank {self._ranks[rank]} said before it ended, or",
+                            "whether it was killed",
+                        )
+                    )
+                )
 
     def _too_late(self, seconds: float, watch: Watch) -> None:
         missing = list(watch.waited_for())
@@ -280,7 +290,7 @@ class Channel:
                 f"rank {one} and rank {other} made different calls.",
                 **{f"rank {one}": ours, f"rank {other}": theirs},
                 group=self._name,
-                fix="every rank must make the same calls in the same order",
+                fix="every rank must make the same calls in the same order, on batches of the same size",
             )
         )
 

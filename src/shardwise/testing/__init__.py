@@ -11,6 +11,6 @@ shows where it was; of several, the one that came first.
 
 from shardwise.testing.failures import RankError, RankTimeoutError
 from shardwise.testing.pool import RankPool, run_ranks
-from shardwise.testing.threads import run_threads
+from shardwise.testing.threads import run_threads, within_threads
 
-__all__ = ["RankError", "RankPool", "RankTimeoutError", "run_ranks", "run_threads"]
+__all__ = ["RankError", "RankPool", "RankTimeoutError", "run_ranks", "run_threads", "within_threads"]

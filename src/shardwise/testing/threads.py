@@ -105,9 +105,14 @@ def _release() -> None:
         group.exception_handle(None)
 
 
+def within_threads() -> bool:
+    """Whether this process runs ranks on threads already: `run_threads` can't be called then."""
+    return isinstance(dist.distributed_c10d._world, cast(type, threaded.ThreadLocalWorld))
+
+
 @contextmanager
 def _threaded_world() -> Iterator[None]:
-    if isinstance(dist.distributed_c10d._world, cast(type, threaded.ThreadLocalWorld)):
+    if within_threads():
         raise RuntimeError("run_threads cannot be called from within itself: torch has one threaded process group at a time.")
     hook = sys.excepthook  # which each rank's start replaces by one that puts its number in front of errors
     _set_thread_isolation_mode(True)

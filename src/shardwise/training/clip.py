@@ -36,7 +36,15 @@ def clip_grad_norm_(
         foreach: use torch's fused implementation for scaling; None chooses.
 
     Returns the norm before clipping, a scalar in float32 (float64 for float64 gradients), bitwise the same on every rank.
+    Raises `ShardwiseError` for parameters in place of the model.
     """
+    if not isinstance(model, nn.Module):
+        raise ShardwiseError(
+            describe(
+                f"clip_grad_norm_: the model is needed, not {type(model).__name__}: parameters don't say how they are cut.",
+                fix="shardwise.clip_grad_norm_(model, max_norm)",
+            )
+        )
     parts = list(parallel_parts(model))
     if not parts:
         return torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm, norm_type, error_if_nonfinite, foreach)
