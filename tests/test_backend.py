@@ -13,6 +13,8 @@ import torch.distributed as dist
 import shardwise
 from llamas import llama
 from shardwise import mesh
+from shardwise.errors import MeshError, MissingRankError
+from shardwise.rendezvous import meeting_place
 from shardwise.testing import RankPool
 
 
@@ -78,3 +80,33 @@ def test_models_on_all_ranks_share_the_default_group(pool2):
     thousands of them took half its time for that), and which on GPUs each keep device memory.
     """
     assert pool2.run(_new_groups) == [0, 0]
+
+
+def _started_as(changes: dict[str, str], timeout: float) -> str:
+    """What is said of variables of which some are changed, on the first of the ranks that they name."""
+    if dist.is_initialized() or os.environ["RANK"] != "0":
+        return ""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": "0", **changes}.items():
+            patch.setenv(name, value)
+        with pytest.raises((MeshError, MissingRankError)) as caught:
+            meeting_place(timeout)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"RANK": "2"}, "RANK=2 is none of the WORLD_SIZE=2 ranks"),
+        ({"RANK": "-1"}, "RANK=-1 is none of"),
+        ({"RANK": "one"}, "RANK='one' is no number"),
+        ({"MASTER_ADDR": ""}, "MASTER_ADDR expected, but not set"),
+        ({"WORLD_SIZE": "3"}, "after 0.5 s, not all of the 3 ranks have come"),
+    ],
+    ids=["beyond", "negative", "no number", "no address", "never started"],
+)
+def test_variables_that_are_wrong(changes, said, unstarted):
+    """Guards: ranks that wait for half an hour for one that is not there, or that counts from 1."""
+    first, _ = unstarted.run(_started_as, changes, 0.5)
+    assert said in first
+    assert "torchrun" in first

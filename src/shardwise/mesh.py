@@ -17,11 +17,10 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.rendezvous import rendezvous
 
 from shardwise import shm
 from shardwise.errors import MeshError, describe
-from shardwise.rendezvous import START_TIMEOUT, meet_ranks
+from shardwise.rendezvous import START_TIMEOUT, meet_ranks, meeting_place
 
 TP_AXIS = "tp"
 
@@ -46,8 +45,8 @@ def tp_mesh(tp_size: int | None = None, device_mesh: DeviceMesh | None = None, e
     Starts the default process group when nobody has and torchrun's variables are set: nccl on GPUs, gloo with a warning where
     ranks share one; on CPUs shared memory (`shardwise.shm`) where all ranks are on one host that can, else gloo, and gloo also
     with `SHARDWISE_CPU_BACKEND=gloo` in the environment.
-    Raises `MeshError` for sizes that the processes cannot form, and where several ranks are asked of a single process;
-    `MissingRankError` when some process never comes.
+    Raises `MeshError` for sizes that the processes cannot form, where several ranks are asked of a single process, and for
+    variables that are wrong; `MissingRankError` when some process never comes; `MismatchError` when ranks ask for other sizes.
     """
     _check_kinds(tp_size, device_mesh)
     if device_mesh is not None:
@@ -107,7 +106,7 @@ def _start_process_group() -> None:
     if kind not in ("cpu", "cuda"):
         dist.init_process_group()
         return
-    store, rank, size = next(rendezvous("env://"))
+    store, rank, size = meeting_place()
     shared = []
     if kind == "cuda":
         shared = shared_devices(store, rank, size, str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid))
@@ -120,6 +119,7 @@ def _start_process_group() -> None:
     own = "gloo" if shared else _cpu_backend(wanted, store, rank, size)
     backend = own if shared else f"cpu:{own}" if kind == "cpu" else f"cpu:{own},cuda:nccl"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    store.set_timeout(dist.default_pg_timeout)
 
 
 def _wanted_cpu_backend() -> str:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import Store
+from torch.distributed.rendezvous import rendezvous
 
 from shardwise.errors import MeshError, MismatchError, MissingRankError, describe, ranks_in_words
 
@@ -20,6 +24,54 @@ START_TIMEOUT = 300.0
 """Seconds that a rank waits for the others to load or build a model: one may first have to prepare the data for all."""
 
 _POLL_SECONDS = 0.005
+
+
+def meeting_place(timeout: float = START_TIMEOUT) -> tuple[Store, int, int]:
+    """The key-value store that the environment's variables name (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT: what torchrun
+    sets), this process's rank, and the number of ranks.
+
+    Raises `MeshError` for variables that are wrong, and `MissingRankError` where not all ranks have come within `timeout`
+    seconds.
+    """
+    rank, size = _number("RANK"), _number("WORLD_SIZE")
+    if not 0 <= rank < size:
+        raise _wrong_variable(f"RANK={rank} is none of the WORLD_SIZE={size} ranks, which count from 0")
+    try:
+        store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))
+    except dist.DistNetworkError as error:
+        raise _wrong_variable(f"rank {rank} cannot meet the others", why=str(error)) from error
+    except dist.DistStoreError as error:
+        raise MissingRankError(
+            describe(
+                f"The start of the process group: after {timeout:g} s, not all of the {size} ranks have come.",
+                why=str(error),
+                either=["start all of them: torchrun does, or", "WORLD_SIZE says more than have been started"],
+            )
+        ) from error
+    except ValueError as error:
+        raise _wrong_variable(str(error)) from error
+    return store, rank, size
+
+
+def _number(name: str) -> int:
+    try:
+        return int(os.environ[name])
+    except ValueError as error:
+        raise _wrong_variable(f"{name}={os.environ[name]!r} is no number") from error
+
+
+def _wrong_variable(problem: str, **facts: str) -> MeshError:
+    return MeshError(
+        describe(
+            f"The start of the process group: {problem}.",
+            **facts,
+            environment=", ".join(f"{name}={os.environ[name]}" for name in _VARIABLES if name in os.environ),
+            either=["start with torchrun --nproc-per-node N script.py, which sets them, or", "correct these variables"],
+        )
+    )
+
+
+_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def meet(mesh: DeviceMesh, what: str, timeout: float = DEFAULT_TIMEOUT) -> None:
