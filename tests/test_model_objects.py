@@ -250,3 +250,24 @@ def anew(path: Path) -> None:
 def test_what_is_made_with_the_class_of_a_parallel_model_is_ordinary(pool2, tmp_path_factory):
     """Guards: a reference model (`type(model).from_pretrained`) of a parallel class, without what that needs to compute."""
     pool2.run(anew, checkpoint(tmp_path_factory, "llama"))
+
+
+def load_parts(path: Path) -> None:
+    """On a rank: full and local tensors, loaded into parts of a model that was zeroed."""
+    model, full = load(path), LlamaForCausalLM.from_pretrained(path)
+    expected, own = logits(model), {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    for parts in (
+        full.model.state_dict(),
+        {key.removeprefix("model."): t for key, t in own.items() if key.startswith("model.")},
+    ):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+        model.model.load_state_dict(parts)
+        model.lm_head.load_state_dict(full.lm_head.state_dict())
+        assert torch.equal(logits(model), expected)
+
+
+def test_parts_of_a_model_load_full_tensors_too(pool2, tmp_path_factory):
+    """Guards: a base model, or one layer, that refuses the tensors that the whole model takes."""
+    pool2.run(load_parts, checkpoint(tmp_path_factory, "llama"))

@@ -98,12 +98,12 @@ def prove_rules(plan: Plan, model: nn.Module, edited: bool = False) -> None:
     that the user may have written them all.
 
     Raises `PlanError` where they don't, as `prove` does. What can't be shown is taken as it is: plans with styles that the
-    user registered, or that deal experts; for more than `MOST_RANKS` ranks; for a model that no config of transformers
-    makes, or whose inputs aren't known here; on ranks that are threads already.
+    user registered, or that deal experts to several replicas; for more than `MOST_RANKS` ranks; for a model that no config of
+    transformers makes, or whose inputs aren't known here; on ranks that are threads already.
     """
     rules = (*(row.rule for row in plan.tensors), *(row.rule for row in plan.modules))
     written = {str(rule): rule for rule in rules if rule is not None and (edited or rule.source == "user")}
-    ours = all(rule.style in STYLES and STYLES[rule.style].axis == "tp" for rule in written.values())
+    ours = all(rule.style in STYLES for rule in written.values())
     if not written or not ours or plan.size > MOST_RANKS or plan.ep_size != plan.size or within_threads():
         return
     try:

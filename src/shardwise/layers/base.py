@@ -199,6 +199,15 @@ class ParallelStyle(nn.Module):
         """What the style has to know of `module` or its `parent` besides, read once when the plan is made."""
         return {}
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Of a full tensor, what `load_state_dict` of this module, or of one around it, takes is this rank's part."""
+        rank, size = self._tp.mesh.get_local_rank(), self._tp.mesh.size()
+        for name, (layout, shape) in self._tp.layouts.items():
+            given = state_dict.get(prefix + name)
+            if isinstance(given, Tensor) and tuple(given.shape) == shape and layout.cut(shape) is not None:
+                state_dict[prefix + name] = layout.shard(given, rank, size)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def extra_repr(self) -> str:
         own = super().extra_repr()
         return f"{own}, tp={self._tp.mesh.size()}" if own else f"tp={self._tp.mesh.size()}"
