@@ -163,6 +163,21 @@ def test_plan_with_options(
     assert "a JSON object of patterns and styles" in capsys.readouterr().err
 
 
+def test_plan_that_cannot_be(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards: rules that don't go together, told as a model that can't be simulated; a directory with a broken config, told as
+    no directory.
+    """
+    rules = tmp_path / "rules.json"
+    rules.write_text('{"layers.*.mlp.up_proj": "replicate"}', encoding="utf-8")
+    assert run(monkeypatch, "plan", tiny, "--tp", 2, "--plan", rules) == 1
+    assert re.search(r"The plan is wrong: in model\.layers\.\d\.mlp, ", capsys.readouterr().err)
+    (tmp_path / "config.json").write_text("{", encoding="utf-8")
+    assert run(monkeypatch, "plan", tmp_path, "--tp", 2) == 1
+    assert "there is no config.json in the directory that transformers can read" in capsys.readouterr().err
+
+
 def test_plan_inferred_and_proven(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -84,6 +84,14 @@ def find_config(model: str) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
+        if os.path.isdir(model):
+            raise ShardwiseError(
+                describe(
+                    f"{model}: there is no config.json in the directory that transformers can read.",
+                    why=str(error).splitlines()[0],
+                    either=["the directory to which save_pretrained wrote the model, or", "a hub id"],
+                )
+            ) from error
         raise ShardwiseError(
             describe(
                 f"{model}: no directory with a config.json, no model type of transformers, and no model that the hub gives.",

@@ -13,7 +13,7 @@ from rich.console import Console, RenderableType
 from transformers import PreTrainedConfig
 
 import shardwise
-from shardwise.api import PlanLike
+from shardwise.api import PlanLike, proven_plan
 from shardwise.cli.app import app
 from shardwise.cli.rules import HELP, read_rules
 from shardwise.errors import SimulationError
@@ -138,5 +138,6 @@ def _find(
     try:
         return estimate(config, tp, rules, ep_size=ep, **options)  # type: ignore[arg-type]
     except SimulationError as error:
+        table = proven_plan(build_on_meta(config), tp, rules, ep)  # rules that don't go together stop a step as well
         console.print(f"{error}\n\nThe table of rules needs no simulation:\n", markup=False)
-        return shardwise.plan(config, tp, rules, ep_size=ep)
+        return table
