@@ -4,6 +4,8 @@
     12 units                         the same of a matrix of 768 indices: 12 equal parts
     16 x 128 | 256 on every rank     fused: sixteen heads of 128, then 256 indices that no rank goes without
     25 x (64 + 64 + 64)              q, k and v head by head: units of 192
+    8 times 96                       the same block over and over: eight experts below one another
+    dim 1: units of 1                of a tensor whose style would cut another dim
     6, 6 of 12                       a number that becomes local: on each rank, of how many
 
 A word at the end of a cut or a block says what becomes of fewer units than ranks, see `shardwise.layout.Block`: `shared`,
@@ -17,6 +19,7 @@ import ast
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
 from types import MappingProxyType
 
 from shardwise.layers import Cut
@@ -28,6 +31,9 @@ Lookup = Callable[[str], int]
 _WORDS: Mapping[str, Spread] = MappingProxyType(
     {" shared": "share", " padded": "pad", " on every rank": "whole", " whole": "whole"}
 )
+_DIM = re.compile(r"dim (\d+): ")
+_MANY = 4
+"""From one more equal blocks on, they are counted."""
 _OPERATORS: Mapping[type[ast.operator], Callable[[int, int], int]] = MappingProxyType(
     {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 )
@@ -35,10 +41,16 @@ _OPERATORS: Mapping[type[ast.operator], Callable[[int, int], int]] = MappingProx
 
 def write_cut(cut: Cut) -> str:
     """`cut` as text; whether a weight is stored transposed is no part of it."""
+    along = "" if cut.dim is None else f"dim {cut.dim}: "
     if cut.blocks:
-        return " | ".join(map(str, cut.blocks))
+        runs = ((str(block), len(list(same))) for block, same in groupby(cut.blocks))
+        return along + " | ".join(text for block, count in runs for text in _run(block, count))
     word = next((word for word, spread in _WORDS.items() if spread == cut.spread), "")
-    return f"units of {cut.unit}{word}"
+    return f"{along}units of {cut.unit}{word}"
+
+
+def _run(block: str, count: int) -> list[str]:
+    return [f"{count} times {block}"] if count > _MANY else [block] * count
 
 
 def read_cut(text: str, length: int | None = None, names: Lookup | None = None) -> Cut:
@@ -51,15 +63,28 @@ def read_cut(text: str, length: int | None = None, names: Lookup | None = None) 
 
     Raises `ValueError` for anything else, saying why.
     """
-    rest, spread = _word(text.strip())
+    dim = cut_dim(text)
+    rest, spread = _word(re.sub(_DIM, "", text.strip()))
     if found := re.fullmatch(r"units of (.+)", rest):
-        return Cut(_positive(found[1], names), spread)
+        return Cut(_positive(found[1], names), spread, dim=dim)
     if found := re.fullmatch(r"(.+) units?", rest):
         count = _positive(found[1], names)
         if length is None or length % count:
             raise ValueError(f"{text!r}: {length} indices are not {count} equal units")
-        return Cut(length // count, spread)
-    return Cut(blocks=tuple(_block(part.strip(), names) for part in text.split("|")))
+        return Cut(length // count, spread, dim=dim)
+    parts = re.sub(_DIM, "", text.strip()).split("|")
+    return Cut(blocks=tuple(block for part in parts for block in _blocks(part.strip(), names)), dim=dim)
+
+
+def cut_dim(text: str) -> int | None:
+    """The dim that a cut names itself; None where its style says which."""
+    found = re.match(_DIM, text.strip())
+    return int(found[1]) if found else None
+
+
+def _blocks(text: str, names: Lookup | None) -> tuple[Block, ...]:
+    count, _, block = text.rpartition(" times ")
+    return (_block(block, names),) * (_positive(count, names) if count else 1)
 
 
 def _block(text: str, names: Lookup | None) -> Block:

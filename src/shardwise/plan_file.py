@@ -17,7 +17,7 @@ from shardwise.hf import check_head
 from shardwise.layers import Cut, stores_transposed
 from shardwise.layers.registry import style_named
 from shardwise.names import Names
-from shardwise.notation import read_cut, read_local
+from shardwise.notation import cut_dim, read_cut, read_local
 from shardwise.plan import Line, Plan, expand
 from shardwise.problems import matches_nothing
 from shardwise.resolve import resolve
@@ -94,8 +94,9 @@ class Written:
     def resolved(self, model: nn.Module) -> Plan:
         """The plan for `model`. Raises `PlanError`, see `load_plan`."""
         modules = dict(model.named_modules(remove_duplicate=False))
-        shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
-        names = Names((*modules, *shapes, *(name for name, _ in model.named_buffers(remove_duplicate=False))))
+        tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors}
+        names = Names((*modules, *shapes))
         wrong: list[str] = []
         rules = []
         for line in self.lines:
@@ -146,7 +147,8 @@ def _length(line: Line, pattern: str, modules: Mapping[str, nn.Module], shapes: 
         shape = shapes.get(name) or shapes.get(f"{name}.weight")
         if shape is not None:
             transposed = name in modules and stores_transposed(modules[name])
-            cut = style_named(line.style, str(rule)).layout(shape, Cut(transposed=transposed)).cut(shape)
+            plain = Cut(transposed=transposed, dim=cut_dim(line.cut))
+            cut = style_named(line.style, str(rule)).layout(shape, plain).cut(shape)
             return None if cut is None else int(shape[cut[0]])
     return None
 

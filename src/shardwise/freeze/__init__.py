@@ -8,6 +8,6 @@
 """
 
 from shardwise.freeze.make import freeze
-from shardwise.freeze.rules import NotFrozen
+from shardwise.freeze.found import NotFrozen
 
 __all__ = ["NotFrozen", "freeze"]

@@ -2,160 +2,33 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-
-import torch
-from torch import nn
-from transformers import AutoModel, PreTrainedConfig
-
-from shardwise import tiny
-from shardwise.coverage import check_coverage
 from shardwise.errors import PlanError
-from shardwise.freeze.rules import Found, NotFrozen, lines
-from shardwise.freeze.sizes import other_options, other_sizes, tiny_config, unrelated_sizes
-from shardwise.hf import base_model, check_head, frozen_model_rules, model_rules
-from shardwise.infer import cut_share, infer, prove
-from shardwise.plan import Plan
-from shardwise.plans.frozen import Frozen, Variant, expand_rules
-from shardwise.plans.frozen.fits import classes, matrices, options
-from shardwise.resolve import resolve
-from shardwise.spec import Rule
-
-SIZE = 2
-MORE = 0.01
-"""By so much of the model a frozen plan has to cut more than the model's own, to be used in its place."""
-LEAST = 0.5
-"""A plan that cuts less of a model is not worth keeping."""
+from shardwise.freeze.found import NotFrozen
+from shardwise.freeze.inferred import inferred
+from shardwise.freeze.own import brought
+from shardwise.freeze.recorded import SIZE, recorded
+from shardwise.freeze.sizes import models, tiny_config
+from shardwise.infer import cut_share, prove
+from shardwise.plans.frozen import Frozen
 
 
 def freeze(name: str) -> Frozen:
-    """The frozen plan of a type: inferred on its tiny model and on one of other sizes, and proven on both and for what other
-    options can be.
+    """The frozen plan of a type: of what it brings, with our corrections, where that is right, to be read; else one that is
+    inferred, which `auto` then uses.
 
     Raises `NotFrozen`, saying why.
     """
     try:
-        return _Freezing(tiny_config(name)).run()
+        config = tiny_config(name)
+        own, why = None, "it brings no plan"
+        model = models(config)[0]
+        try:
+            if (plan := brought(model, SIZE)) is not None:
+                own = round(cut_share(plan), 3)
+                prove(plan, model)
+                return recorded(config)
+        except PlanError as error:
+            why = f"its own plan is refused: {str(error).splitlines()[0]}"
+        return inferred(config, own, why)
     except (PlanError, ImportError, ValueError, TypeError, AttributeError, AssertionError, KeyError, RuntimeError) as error:
         raise NotFrozen((str(error).splitlines() or [repr(error)])[0]) from error
-
-
-@dataclass
-class _Freezing:
-    config: PreTrainedConfig
-    allowed: dict[str, dict[str, None]] = field(default_factory=dict)
-    kinds: dict[str, dict[str, None]] = field(default_factory=dict)
-    known: dict[str, None] = field(default_factory=dict)
-
-    def run(self) -> Frozen:
-        pairs = [(self.config, self._infer(self.config)), self._other()]
-        found = [one for _, of_config in pairs for one in of_config]
-        variant = Variant({}, {}, (), tuple(lines(found)))
-        for config, size in ((pairs[0][0], 2), (pairs[1][0], 2), (pairs[1][0], 3), (pairs[1][0], 4)):
-            for model in _models(config):
-                self._prove(variant, model, size)
-        for what, config in other_options(self.config):
-            self._allow(variant, what, config)
-        model = _models(self.config)[0]
-        cut = cut_share(self._plan(variant, model, SIZE))
-        if cut < LEAST:
-            raise NotFrozen(f"it cuts {cut:.0%} alone")
-        own, why = _own(model, cut)
-        proven = _lists(self.allowed), _lists(self.kinds), tuple(sorted(self.known))
-        whole = Variant(*proven, variant.rules)
-        return Frozen(base_model(model).config.model_type, round(cut, 3), own, why, (whole,))
-
-    def _infer(self, config: PreTrainedConfig) -> list[Found]:
-        found = []
-        for model in _models(config):
-            plan = infer(model, SIZE).plan
-            base, rules = base_model(model), dict(plan.rules)
-            prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is base)
-            inside = {name.removeprefix(prefix): rule for name, rule in rules.items() if name.startswith(prefix)}
-            found.append(Found(base, inside, SIZE))
-        return found
-
-    def _other(self) -> tuple[PreTrainedConfig, list[Found]]:
-        """Another config, and what is inferred of it."""
-        why = ""
-        for config in other_sizes(self.config):
-            try:
-                config = unrelated_sizes(config, lambda made: _models(made)[0])
-                return config, self._infer(config)
-            except Exception as error:  # whatever a model's code says to sizes that it is not made for
-                why = (str(error).splitlines() or [repr(error)])[0]
-        raise NotFrozen(f"no other sizes run: {why}")
-
-    def _plan(self, variant: Variant, model: nn.Module, size: int) -> Plan:
-        def kept(_: str, base: nn.Module, prefix: str, size: int) -> list[Rule]:
-            return expand_rules(variant, base, prefix, size) if base is base_model(model) else []
-
-        return resolve(model, frozen_model_rules(model, size, kept), size)
-
-    def _prove(self, variant: Variant, model: nn.Module, size: int) -> None:
-        try:
-            plan = self._plan(variant, model, size)
-        except PlanError as error:
-            if size > SIZE:
-                return  # too few heads
-            raise NotFrozen(str(error).splitlines()[0]) from error
-        except ValueError as error:
-            raise NotFrozen(str(error)) from error
-        try:
-            prove(plan, model)
-        except PlanError as error:
-            raise NotFrozen(f"tp={size}: {str(error).splitlines()[0]}") from error
-        self._note(variant, base_model(model))
-
-    def _allow(self, variant: Variant, what: str, config: PreTrainedConfig) -> None:
-        """Take an option, too, if the plan is right with it."""
-        try:
-            model = _models(config)[0]
-            wanted = dict(options(base_model(model).config))
-            changed = {name for name, value in wanted.items() if value not in self.allowed.get(name, ())}
-            if changed <= {what} and cut_share(self._plan(variant, model, SIZE)) > LEAST:
-                self._prove(variant, model, SIZE)
-        except Exception:  # whatever a model's code says to options that exclude each other: it is not taken
-            return
-
-    def _note(self, variant: Variant, base: nn.Module) -> None:
-        for name, value in options(base.config):
-            self.allowed.setdefault(name, {})[value] = None
-        places = dict.fromkeys(line.pattern.rpartition(".")[0] for line in variant.rules)
-        for name, found in classes(base, [place for place in places if place]).items():
-            self.kinds.setdefault(name, {}).update(dict.fromkeys(found))
-        self.known.update(dict.fromkeys(name for name in matrices(base) if "*" in name))
-
-
-def _own(model: nn.Module, cut: float) -> tuple[float | None, str]:
-    """How much the plan cuts that a model brings, and why the frozen one, which cuts `cut`, is used in its place; or ""."""
-    rules = model_rules(model, SIZE)
-    if not rules:
-        return None, "it brings no plan"
-    try:
-        plan = resolve(model, rules, SIZE)
-        check_coverage(model, plan)
-        check_head(model, plan)
-    except PlanError as error:
-        return None, f"its own plan is refused: {str(error).splitlines()[0]}"
-    own = cut_share(plan)
-    try:
-        prove(plan, model)
-    except PlanError as error:
-        return round(own, 3), str(error).splitlines()[0].replace("The plan", "its own plan")
-    return round(own, 3), f"its own plan cuts {own:.0%}" if own + MORE < cut else ""
-
-
-def _models(config: PreTrainedConfig) -> list[nn.Module]:
-    """The causal LM of a config, and its base model where that is more."""
-    with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        made: list[nn.Module] = [tiny.empty(copy.deepcopy(config), torch.float32)]  # decoders alone change their config
-        if type(config) in AutoModel._model_mapping and config.is_encoder_decoder:
-            made.append(AutoModel.from_config(copy.deepcopy(config), dtype=torch.float32))
-    return made
-
-
-def _lists(given: Mapping[str, Mapping[str, None]]) -> dict[str, tuple[str, ...]]:
-    return {name: tuple(sorted(values)) for name, values in sorted(given.items())}

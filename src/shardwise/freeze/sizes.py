@@ -9,20 +9,23 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import AutoModel, PreTrainedConfig
 
 from shardwise import tiny
-from shardwise.plans.frozen.scope import integer
+from shardwise.plans.frozen.scope import field, integer
 
 Make = Callable[[PreTrainedConfig], nn.Module]
 
 _HEADS = re.compile(r"(^|_)n?_?(num_)?(attention_|attn_)?heads?$|^n_head$|^num_heads$")
-_KV = re.compile(r"(kv|key_value)_heads?$|^num_kv|_kv_heads$")
-_HEAD_DIM = re.compile(r"head_dim|^d_kv$|^d_head$|dim_head$|attention_head_size|head_size")
+_KV = re.compile(r"(kv|key_value)_(n_)?heads?$|^num_kv|_kv_heads$")
+_HEAD_DIM = re.compile(r"head_dim|^d_kv$|(^|_)d_head$|dim_head$|attention_head_size|head_size")
 _INNER = re.compile(r"intermediate|ffn|inner|^dff$|dim_ff|feed_forward_hidden")
 _FIXED = re.compile(
     r"_id$|^num_labels|vocab|layers?$|position|chunk_size|^pad|experts_per|top_?k|window|^_|type_|conv|kernel|_period|_offset|max_"
 )
+_UNCHANGED = re.compile(_KV.pattern + r"|_id$|^num_labels|vocab|layers?$|position|^pad|^_|max_")
+_QUERY = ("num_attention_heads", "n_heads", "n_head")
+_WIDTH = ("hidden_size", "d_model", "n_embd")
 SCALES = ((3, 2, (1, 2), (5, 4)), (2, 2, (1, 1), (3, 2)), (2, 2, (1, 2), (5, 4)))
 """By how much to multiply query heads, KV heads, what is as wide as a head, and inner widths."""
 
@@ -33,23 +36,37 @@ def other_sizes(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
         yield _scaled(config, query, kv, width, inner)
 
 
-def _scaled(config: PreTrainedConfig, query: int, kv: int, width: tuple[int, int], inner: tuple[int, int]) -> PreTrainedConfig:
+def _scaled(config: PreTrainedConfig, *by: Any) -> PreTrainedConfig:
     made = copy.deepcopy(config)
-    hidden = getattr(config, "hidden_size", None)
-    for name, value in list(vars(config).items()):
+    for name, value in _scaled_fields(vars(config), *by):
+        setattr(made, name, value)
+    for name, part in vars(config).items():
+        if isinstance(part, PreTrainedConfig):
+            setattr(made, name, _scaled(part, *by))
+    if layers := config.to_diff_dict().get("per_layer_config"):
+        made.per_layer_config = {layer: {**given, **dict(_scaled_fields(given, *by))} for layer, given in layers.items()}
+    return made
+
+
+def _scaled_fields(
+    fields: Mapping[str, Any], query: int, kv: int, width: tuple[int, int], inner: tuple[int, int]
+) -> Iterator[tuple[str, Any]]:
+    heads, hidden = (next((fields[name] for name in names if name in fields), None) for names in (_QUERY, _WIDTH))
+    for name, value in fields.items():
+        if isinstance(value, list) and _HEADS.search(name.removesuffix("_per_layer")) and all(map(integer, value)):
+            yield name, [each * query for each in value]
         if not integer(value) or value < 2 or _FIXED.search(name):
             continue
         if _KV.search(name):
-            setattr(made, name, value * (query if value == getattr(config, "num_attention_heads", None) else kv))
-        elif _HEADS.search(name):
-            setattr(made, name, value * query)
+            yield name, value * (query if value == heads else kv)
+        elif _HEADS.search(name) and not _HEAD_DIM.search(name):
+            yield name, value * query
         elif _HEAD_DIM.search(name):
-            setattr(made, name, value * width[0] // width[1])
+            yield name, value * width[0] // width[1]
         elif _INNER.search(name):
-            setattr(made, name, value * inner[0] // inner[1])
+            yield name, value * inner[0] // inner[1]
         elif value == hidden:
-            setattr(made, name, value * query * width[0] // width[1])
-    return made
+            yield name, value * query * width[0] // width[1]
 
 
 def unrelated_sizes(config: PreTrainedConfig, make: Make) -> PreTrainedConfig:
@@ -58,7 +75,7 @@ def unrelated_sizes(config: PreTrainedConfig, make: Make) -> PreTrainedConfig:
     changed = copy.deepcopy(config)
     for name, value in list(vars(config).items()):
         known = any(kind.search(name) for kind in (_KV, _HEADS, _HEAD_DIM, _INNER, _FIXED))
-        if not integer(value) or value < 8 or known or value == getattr(config, "hidden_size", None):
+        if not integer(value) or value < 8 or known or value == field(config, "hidden_size"):
             continue
         trial = copy.deepcopy(changed)
         setattr(trial, name, value + 8)
@@ -79,15 +96,24 @@ def other_options(config: PreTrainedConfig) -> Iterator[tuple[str, PreTrainedCon
     """Copies of `config`, each with one flag the other way round, or with another number of KV heads; and what is different."""
     for name, value in sorted(vars(config).items()):
         if isinstance(value, bool) and not name.startswith(("_", "output_", "return_")) and name != "use_cache":
-            yield name, _with(config, {name: not value})
-    query: Any = getattr(config, "num_attention_heads", None)
-    kv: Any = getattr(config, "num_key_value_heads", None)
+            yield name, with_fields(config, {name: not value})
+    query, kv = field(config, "num_attention_heads"), field(config, "num_key_value_heads")
     if integer(query) and integer(kv) and "num_key_value_heads" in vars(config):
-        for number in {query, query // 2, 2} - {kv}:
-            yield "heads", _with(config, {"num_key_value_heads": number})
+        for number in sorted({query, query // 2, 2} - {kv}):
+            yield "heads", with_fields(config, {"num_key_value_heads": number})
 
 
-def _with(config: PreTrainedConfig, fields: Mapping[str, Any]) -> PreTrainedConfig:
+def other_numbers(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    """Copies of `config`, each with one of its numbers twice as large, or one of a config in it."""
+    for name, value in sorted(vars(config).items()):
+        if integer(value) and value > 1 and not _UNCHANGED.search(name):
+            yield with_fields(config, {name: 2 * value})
+        elif isinstance(value, PreTrainedConfig):
+            yield from (with_fields(config, {name: part}) for part in other_numbers(value))
+
+
+def with_fields(config: PreTrainedConfig, fields: Mapping[str, Any]) -> PreTrainedConfig:
+    """A copy of `config` with these."""
     made = copy.deepcopy(config)
     for name, value in fields.items():
         setattr(made, name, value)
@@ -97,3 +123,12 @@ def _with(config: PreTrainedConfig, fields: Mapping[str, Any]) -> PreTrainedConf
 def tiny_config(name: str) -> PreTrainedConfig:
     """The config of the tiny model of a type."""
     return tiny.config(tiny.PARTS.get(name, name))
+
+
+def models(config: PreTrainedConfig) -> list[nn.Module]:
+    """The causal LM of a config on meta, and its base model where that is more."""
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        made: list[nn.Module] = [tiny.empty(copy.deepcopy(config), torch.float32)]  # decoders alone change their config
+        if type(config) in AutoModel._model_mapping and config.is_encoder_decoder:
+            made.append(AutoModel.from_config(copy.deepcopy(config), dtype=torch.float32))
+    return made

@@ -12,12 +12,23 @@ from pathlib import Path
 
 from torch import nn
 
-from shardwise.plans.frozen.expand import expand_rules
+from shardwise.plans.frozen.expand import expand_lines, expand_rules, members
 from shardwise.plans.frozen.fits import problem
-from shardwise.plans.frozen.record import Frozen, Variant
+from shardwise.plans.frozen.record import Frozen, FrozenLine, Variant
 from shardwise.spec import Rule
 
-__all__ = ["FOLDER", "Frozen", "Variant", "expand_rules", "frozen", "frozen_rules", "problem"]
+__all__ = [
+    "FOLDER",
+    "Frozen",
+    "FrozenLine",
+    "Variant",
+    "expand_lines",
+    "expand_rules",
+    "frozen",
+    "frozen_rules",
+    "members",
+    "problem",
+]
 
 FOLDER = Path(__file__).parent
 

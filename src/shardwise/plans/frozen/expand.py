@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from torch import nn
 
 from shardwise.layers.registry import style_named
 from shardwise.layout import local_numbers
 from shardwise.names import Names
-from shardwise.notation import Lookup, evaluate, read_cut
-from shardwise.plan import Line
-from shardwise.plans.frozen.record import Variant
+from shardwise.notation import Lookup, cut_dim, evaluate, read_cut
+from shardwise.plans.frozen.record import FrozenLine, Variant
 from shardwise.plans.frozen.scope import around, cut_length, lookup
 from shardwise.spec import Rule
 
@@ -21,22 +21,41 @@ def expand_rules(variant: Variant, model: nn.Module, prefix: str, size: int) -> 
 
     Raises `ValueError` where an expression has no value here.
     """
-    names = Names((*dict(model.named_modules()), *dict(model.named_parameters())))
+    return expand_lines(variant.rules, model, prefix, size)
+
+
+def expand_lines(lines: Sequence[FrozenLine], model: nn.Module, prefix: str, size: int) -> list[Rule]:
+    """The same of lines whose patterns are relative to `model`."""
+    names = names_in(model)
     return [
-        _rule(line, model, name, prefix, size)
-        for line in variant.rules
-        for name in names.matching(Rule(line.pattern, line.style, "frozen"))
+        _rule(line, model, name, prefix, size) for line in lines for name in members(model, line.pattern, line.of, names)
     ]
 
 
-def _rule(line: Line, model: nn.Module, name: str, prefix: str, size: int) -> Rule:
-    length = cut_length(model, name, style_named(line.style, line.pattern)) if line.cut else None
+def names_in(model: nn.Module) -> Names:
+    """What rules can name."""
+    parts = (model.named_modules, model.named_parameters, model.named_buffers)
+    return Names(dict.fromkeys(name for named in parts for name, _ in named(remove_duplicate=False)))
+
+
+def members(model: nn.Module, pattern: str, of: str, names: Names | None = None) -> list[str]:
+    """What a line with this pattern and this `of` is for."""
+    named = (names or names_in(model)).matching(Rule(pattern, "", "frozen"))
+    return [name for name in named if not of or any(_is(module, of) for module in around(model, name))]
+
+
+def _is(module: nn.Module, of: str) -> bool:
+    return type(module).__name__ == of or bool(vars(module).get(of))
+
+
+def _rule(line: FrozenLine, model: nn.Module, name: str, prefix: str, size: int) -> Rule:
+    length = cut_length(model, name, style_named(line.style, line.pattern), cut_dim(line.cut)) if line.cut else None
     numbers = lookup(model, name, length)
     cut = read_cut(line.cut, length, numbers) if line.cut else None
     here, *outside = around(model, name)
     attributes = {key: _local(here, key, text, numbers, size) for key, text in line.attributes.items()}
     parents = {key: _local(outside[0], key, text, numbers, size) for key, text in line.parent_attributes.items()}
-    return Rule(prefix + name, line.style, "frozen", cut, attributes, parents, line.reason)
+    return Rule(prefix + name, line.style, line.source, cut, attributes, parents, line.reason)
 
 
 def parts(text: str) -> tuple[str, str]:

@@ -14,6 +14,18 @@ NUMBER = '"a number"'
 
 
 @dataclass(frozen=True)
+class FrozenLine(Line):
+    """A rule of a frozen plan: its cut and numbers are expressions; numbers as "in num_heads parts".
+
+    Args:
+        of: where not all that the pattern matches is meant: the class of the module, or of one around it; or an attribute of
+            it that is true, or not 0.
+    """
+
+    of: str = ""
+
+
+@dataclass(frozen=True)
 class Variant:
     """The rules for some options of a type, relative to its base model.
 
@@ -21,13 +33,15 @@ class Variant:
         options: for each option of the config, the values with which the rules were proven, as JSON; `NUMBER` for any number.
         modules: for each family of modules that a rule reaches into, their classes.
         matrices: the families of parameters of several dims that were there; of another one in the layers nothing is known.
-        rules: their cuts and numbers are expressions; numbers as "in num_heads parts".
+        rules: the rules.
+        head: of a file that is only read: those outside of the base model, by their names in the causal LM.
     """
 
     options: Names
     modules: Names
     matrices: tuple[str, ...]
-    rules: tuple[Line, ...]
+    rules: tuple[FrozenLine, ...]
+    head: tuple[FrozenLine, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,11 +73,11 @@ class Frozen:
         """The inverse of `to_json`, of what the file holds."""
         variants = tuple(
             Variant(
-                {name: tuple(map(json.dumps, values)) for name, values in one["options"].items()}
-                | dict.fromkeys(one["numbers"], (NUMBER,)),
-                {name: tuple(values) for name, values in one["modules"].items()},
-                tuple(one["matrices"]),
-                tuple(Line(**{"source": "frozen", **rule}) for rule in one["rules"]),
+                {name: tuple(map(json.dumps, values)) for name, values in one.get("options", {}).items()}
+                | dict.fromkeys(one.get("numbers", ()), (NUMBER,)),
+                {name: tuple(values) for name, values in one.get("modules", {}).items()},
+                tuple(one.get("matrices", ())),
+                *(tuple(FrozenLine(**{"source": "frozen", **rule}) for rule in one.get(part, ())) for part in ("rules", "head")),
             )
             for one in given["variants"]
         )
@@ -73,14 +87,16 @@ class Frozen:
 def _written(variant: Variant) -> str:
     numbers = [name for name, values in variant.options.items() if values == (NUMBER,)]
     options = {name: list(map(json.loads, values)) for name, values in variant.options.items() if values != (NUMBER,)}
-    parts = [
-        f'"options": {_braced("{}", (f"{json.dumps(name)}: {json.dumps(values)}" for name, values in options.items()))}',
-        f'"numbers": {json.dumps(numbers)}',
-        f'"modules": {_braced("{}", (f"{json.dumps(name)}: {json.dumps(kinds)}" for name, kinds in variant.modules.items()))}',
-        f'"matrices": {_braced("[]", map(json.dumps, variant.matrices))}',
-        f'"rules": {_braced("[]", map(_rule, variant.rules))}',
-    ]
-    return "{" + ",\n  ".join(parts) + "}"
+    parts = {
+        "options": _braced("{}", (f"{json.dumps(name)}: {json.dumps(values)}" for name, values in options.items())),
+        "numbers": json.dumps(numbers) if numbers else "",
+        "modules": _braced("{}", (f"{json.dumps(name)}: {json.dumps(kinds)}" for name, kinds in variant.modules.items())),
+        "matrices": _braced("[]", map(json.dumps, variant.matrices)),
+        "rules": _braced("[]", map(_rule, variant.rules)),
+        "head": _braced("[]", map(_rule, variant.head)),
+    }
+    kept = {name: text for name, text in parts.items() if name == "rules" or text not in ("", "{}", "[]")}
+    return "{" + ",\n  ".join(f'"{name}": {text}' for name, text in kept.items()) + "}"
 
 
 def _braced(braces: str, lines: Iterable[str]) -> str:
@@ -90,5 +106,6 @@ def _braced(braces: str, lines: Iterable[str]) -> str:
 
 def _rule(line: Line) -> str:
     given = json.loads(line.to_json())
-    del given["source"]
+    if given["source"] == "frozen":
+        del given["source"]
     return json.dumps(given)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import reduce
 from typing import Any
 
 from torch import nn
@@ -27,9 +28,11 @@ def around(model: nn.Module, name: str) -> Iterator[nn.Module]:
 
 
 def field(holder: object, name: str) -> Any:
-    """What is called `name` in a config or module; None where nothing is, or where it differs from layer to layer."""
+    """What is called `name` in a config or module ("vision_config.hidden_size" in a config in it); None where nothing is, or
+    where it differs from layer to layer.
+    """
     try:
-        return getattr(holder, name, None)
+        return reduce(lambda found, part: getattr(found, part, None), name.split("."), holder)
     except RuntimeError:  # transformers' AmbiguousGlobalPerLayerAttributeError
         return None
 
@@ -57,9 +60,9 @@ def lookup(model: nn.Module, name: str, length: int | None) -> Lookup:
     return value_of
 
 
-def cut_length(model: nn.Module, name: str, style: type[ParallelStyle]) -> int | None:
-    """Indices along the dim that `style` cuts of the parameter called `name`, or of the weight of that module; None where it
-    cuts none.
+def cut_length(model: nn.Module, name: str, style: type[ParallelStyle], dim: int | None = None) -> int | None:
+    """Indices along the dim that `style` cuts of the parameter called `name`, or of the weight of that module, or along `dim`
+    where a cut says it; None where it cuts none.
     """
     found: Any = model
     for part in name.split("."):
@@ -69,5 +72,5 @@ def cut_length(model: nn.Module, name: str, style: type[ParallelStyle]) -> int |
     if tensor is None:
         return None
     shape = tuple(tensor.shape)
-    cut = style.layout(shape, Cut(transposed=transposed)).cut(shape)
+    cut = style.layout(shape, Cut(transposed=transposed, dim=dim)).cut(shape)
     return None if cut is None else int(shape[cut[0]])

@@ -1,0 +1,113 @@
+"""The plan of a model as rules that say all of it; and whether the lines of a file say the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from shardwise.coverage import check_coverage
+from shardwise.errors import PlanError
+from shardwise.freeze.found import Found
+from shardwise.freeze.rules import ENDS
+from shardwise.hf import base_model, check_head, model_rules
+from shardwise.layers import Cut
+from shardwise.layout import Packed, Sharded
+from shardwise.plan import Plan
+from shardwise.plans.frozen import Variant, expand_lines
+from shardwise.resolve import resolve
+from shardwise.spec import ModuleSpec, Rule, ShardSpec
+
+
+@dataclass(frozen=True)
+class Own:
+    """A plan of a model.
+
+    Args:
+        model: the whole one.
+        plan: its plan.
+        base: the rules for what is in the base model, relative to it.
+        head: those for what is outside, by their names in `model`.
+    """
+
+    model: nn.Module
+    plan: Plan
+    base: Found
+    head: Found
+
+
+def brought(model: nn.Module, size: int) -> Plan | None:
+    """By the plan that `model` brings, with our corrections; None where it brings none. Raises `PlanError`, as `auto` does."""
+    rules = model_rules(model, size)
+    if not rules:
+        return None
+    plan = resolve(model, rules, size)
+    check_coverage(model, plan)
+    check_head(model, plan)
+    return plan
+
+
+def own(model: nn.Module, plan: Plan) -> Own:
+    """All that `plan` says of `model`."""
+    size = plan.size
+    base, prefix = base_of(model)
+    rules = {name: _said(name, rule, plan) for name, rule in plan.rules.items() if rule.matches(name)}
+    inside = {name.removeprefix(prefix): rule for name, rule in rules.items() if name.startswith(prefix)}
+    outside = {name: rule for name, rule in rules.items() if not name.startswith(prefix)}
+    return Own(model, plan, Found(base, inside, size), Found(model, outside, size))
+
+
+def base_of(model: nn.Module) -> tuple[nn.Module, str]:
+    """The base model, and what the names of all that is in it start with."""
+    base = base_model(model)
+    return base, next(f"{name}." if name else "" for name, module in model.named_modules() if module is base)
+
+
+def _said(name: str, rule: Rule, plan: Plan) -> Rule:
+    """`rule` with the cut that was worked out for it."""
+    row = plan.get(name) or plan.get(f"{name}.weight")
+    if rule.cut is not None:
+        return replace(rule, cut=replace(rule.cut, transposed=False))
+    # Of stacked experts, and of the ends of a model, the style says the cut.
+    if row is None or not row.sharded or len(row.shape) > 2 or rule.style in ENDS:
+        return rule
+    return replace(rule, cut=_cut(row))
+
+
+def _cut(row: ShardSpec) -> Cut | None:
+    if isinstance(row.layout, Sharded):
+        return Cut(row.layout.unit, row.layout.spread)
+    return Cut(blocks=row.layout.blocks) if isinstance(row.layout, Packed) else None
+
+
+def difference(variant: Variant, found: Own) -> str | None:
+    """How what `variant` says of a model differs from what `auto` does, in words; None where it is the same."""
+    model, plan = found.model, found.plan
+    base, prefix = base_of(model)
+    try:
+        rules = [*expand_lines(variant.rules, base, prefix, plan.size), *expand_lines(variant.head, model, "", plan.size)]
+        said = resolve(model, rules, plan.size)
+    except (PlanError, ValueError) as error:
+        return str(error).splitlines()[0]
+    for kept, now in zip(said.tensors, plan.tensors, strict=True):
+        if (here := _row(kept)) != (there := _row(now)):
+            return f"{now.name} is {_words(here)} by the file, and {_words(there)} by auto"
+    modules = ({row.name: _module(row) for row in one.modules} for one in (said, plan))
+    kept_modules, now_modules = modules
+    for name in {**now_modules, **kept_modules}:
+        if (here := kept_modules.get(name)) != (there := now_modules.get(name)):
+            return f"{name} is {_words(here)} by the file, and {_words(there)} by auto"
+    return None
+
+
+def _row(row: ShardSpec) -> tuple[Any, ...]:
+    return row.layout.cut(row.shape), row.partial, row.axis
+
+
+def _module(row: ModuleSpec) -> tuple[Any, ...]:
+    return row.style.__name__, dict(row.attributes), dict(row.options), row.region, row.local_dropout
+
+
+def _words(given: tuple[Any, ...] | None) -> str:
+    return "nothing" if given is None else ", ".join(str(part) for part in given)

@@ -1,0 +1,151 @@
+"""Files that are there to be read, and to be compared with: of what a type brings, with our corrections."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedConfig
+
+from shardwise.errors import PlanError
+from shardwise.freeze.found import NotFrozen
+from shardwise.freeze.own import Own, brought, difference, own
+from shardwise.freeze.rules import exact_lines
+from shardwise.freeze.sizes import models, other_numbers, other_options, other_sizes, unrelated_sizes
+from shardwise.hf import base_model
+from shardwise.infer import cut_share, prove
+from shardwise.plan import wildcard
+from shardwise.plans.frozen import Frozen, Variant
+from shardwise.plans.frozen.fits import options
+
+SIZE = 2
+MORE_RANKS = 4
+
+
+def recorded(config: PreTrainedConfig) -> Frozen:
+    """What the plan says that the type of `config` brings: its numbers as expressions that hold for other sizes too, and
+    whenever a number of the config changes; a variant for each option with which it says something else.
+
+    Raises `NotFrozen`.
+    """
+    first = _own(config)
+    record = _Record(config, *_with_other_sizes(config, first))
+    record.widen()
+    cut = round(cut_share(first.plan), 3)
+    return Frozen(base_model(first.model).config.model_type, cut, cut, "", tuple(record.variants()))
+
+
+def _own(config: PreTrainedConfig, size: int = SIZE) -> Own:
+    model = models(config)[0]
+    plan = brought(model, size)
+    if plan is None:
+        raise NotFrozen("no plan is brought with other sizes or options")
+    return own(model, plan)
+
+
+def _with_other_sizes(config: PreTrainedConfig, first: Own) -> tuple[PreTrainedConfig, list[Own], Variant]:
+    """A config of other sizes, what was found of both, and the rules of both."""
+    why: Exception | None = None
+    for scaled in other_sizes(config):
+        for other in (unrelated_sizes(scaled, lambda made: models(made)[0]), scaled):
+            try:
+                found = [first, _own(other)]
+                variant = _variant(found)
+                for size in (SIZE, MORE_RANKS):
+                    _prove(other, size)
+            except Exception as error:  # whatever a model's code says to sizes that it is not made for
+                why = why or error
+            else:
+                return other, found, variant
+    raise NotFrozen(f"no other sizes: {(str(why).splitlines() or [repr(why)])[0]}")
+
+
+def _prove(config: PreTrainedConfig, size: int) -> None:
+    try:
+        found = _own(config, size)
+    except PlanError:
+        if size == SIZE:
+            raise
+        return  # too few heads
+    prove(found.plan, found.model)
+
+
+def _variant(found: Sequence[Own]) -> Variant:
+    """The rules of all of `found`. Raises `NotFrozen` where they are not the same."""
+    made = Variant(
+        {}, {}, (), tuple(exact_lines([one.base for one in found])), tuple(exact_lines([one.head for one in found]))
+    )
+    if wrong := next((text for one in found if (text := difference(made, one)) is not None), None):
+        raise NotFrozen(wrong)
+    return made
+
+
+@dataclass
+class _Record:
+    config: PreTrainedConfig
+    other: PreTrainedConfig
+    found: list[Own]
+    variant: Variant
+    apart: dict[tuple[str, str], Variant | None] = field(default_factory=dict)
+
+    def widen(self) -> None:
+        """Try every number and option of the config: rules that hold by accident are made anew. Raises `NotFrozen` where
+        nothing says what a number changes.
+        """
+        for config in other_numbers(self.config):
+            near = self._unlike(config)
+            if near is not None and _styles(near) == _styles(self.found[0]) and not self._has_fewer_heads(near):
+                self._take(near)
+        for what, config in other_options(self.config):
+            near = self._unlike(config)
+            if near is not None and not (what == "heads" and self._has_fewer_heads(near)):
+                try:
+                    self._take(near)
+                except NotFrozen:
+                    self._tell_apart(what, near)
+
+    def variants(self) -> list[Variant]:
+        """The rules, and those for options with which they are others, each with the options that tell them apart."""
+        names = dict.fromkeys(what for what, _ in self.apart)
+        usual = {name: value for name, value in options(base_model(self.found[0].model).config) if name in names}
+        made = [Variant({name: (value,) for name, value in usual.items()}, {}, (), self.variant.rules, self.variant.head)]
+        for (what, value), variant in self.apart.items():
+            if variant is not None:
+                made.append(Variant({what: (value,)}, {}, (), variant.rules, variant.head))
+        return made
+
+    def _unlike(self, config: PreTrainedConfig) -> Own | None:
+        """What is brought with `config`, where that is not what the rules say; None where it is, or it is no model that runs."""
+        try:
+            near = _own(config)
+            if difference(self.variant, near) is None:
+                return None
+            prove(near.plan, near.model)
+        except Exception:  # whatever a model's code says to numbers that it is not made for
+            return None
+        return near
+
+    def _has_fewer_heads(self, near: Own) -> bool:
+        """Whether neighbouring ranks share more of `near`'s KV heads: they are cut in another way then."""
+        return _shared(near) > _shared(self.found[0])
+
+    def _take(self, near: Own) -> None:
+        """Make the rules anew, so that they hold for `near` too. Raises `NotFrozen`."""
+        self.variant, self.found = _variant([*self.found, near]), [*self.found, near]
+
+    def _tell_apart(self, what: str, near: Own) -> None:
+        value = dict(options(base_model(near.model).config)).get(what)
+        if value is None or value == dict(options(base_model(self.found[0].model).config)).get(what):
+            raise NotFrozen(f"its rules are others with another {what}, and nothing says which")
+        try:
+            self.apart[what, value] = _variant([near])
+        except NotFrozen:
+            self.apart[what, value] = None
+
+
+def _styles(found: Own) -> dict[str, str]:
+    return {wildcard(name): rule.style for name, rule in found.plan.rules.items()}
+
+
+def _shared(found: Own) -> int:
+    return sum(row.sharded and row.layout.copies(row.shape, SIZE) > 1 for row in found.plan)
