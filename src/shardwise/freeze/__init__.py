@@ -1,13 +1,19 @@
-"""How frozen plans are made: inferred on a tiny model, put into names, and proven on models of other sizes and options.
+"""How frozen plans are made: put into names that hold in models of several sizes, and proven; and whether they still hold.
 
 | | |
 |---|---|
-| `sizes` | other configs of a type: all sizes different, other options |
+| `sizes` | other configs of a type: all sizes different, a number or an option another one |
+| `found` | what was found of several models, a family of modules at a time |
 | `express` | numbers as expressions of names that hold in all of several models |
-| `make` | the file of a type |
+| `numbers`, `rules` | cuts and numbers as text, rules as lines |
+| `own`, `recorded` | the plan that a type brings, with our corrections: a file to be read |
+| `inferred` | the plan that is inferred where a type brings none that is right: a file that `auto` uses |
+| `make` | which of them the file of a type is |
+| `drift` | whether a file still says what `auto` does |
 """
 
-from shardwise.freeze.make import freeze
+from shardwise.freeze.drift import NotBuilt, drift
 from shardwise.freeze.found import NotFrozen
+from shardwise.freeze.make import freeze
 
-__all__ = ["NotFrozen", "freeze"]
+__all__ = ["NotBuilt", "NotFrozen", "drift", "freeze"]

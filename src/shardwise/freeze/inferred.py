@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import nn
-from transformers import AutoModel, PreTrainedConfig
+from transformers import PreTrainedConfig
 
-from shardwise import tiny
-from shardwise.coverage import check_coverage
 from shardwise.errors import PlanError
 from shardwise.freeze.found import Found, NotFrozen
 from shardwise.freeze.rules import inferred_lines
 from shardwise.freeze.sizes import models, other_options, other_sizes, unrelated_sizes
-from shardwise.hf import base_model, check_head, frozen_model_rules, model_rules
+from shardwise.hf import base_model, frozen_model_rules
 from shardwise.infer import cut_share, infer, prove
 from shardwise.plan import Plan
 from shardwise.plans.frozen import Frozen, Variant, expand_rules
@@ -52,8 +48,8 @@ class _Freezing:
         for config, size in ((pairs[0][0], 2), (pairs[1][0], 2), (pairs[1][0], 3), (pairs[1][0], 4)):
             for model in models(config):
                 self._prove(variant, model, size)
-        for what, config in other_options(self.config):
-            self._allow(variant, what, config)
+        for what, change in other_options(self.config):
+            self._allow(variant, what, change(self.config))
         model = models(self.config)[0]
         cut = cut_share(self._plan(variant, model, SIZE))
         if cut < LEAST:

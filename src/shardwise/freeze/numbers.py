@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from torch import nn
-
 from shardwise.freeze.express import Values, express, matching
 from shardwise.freeze.found import Families, NotFrozen, Use
 from shardwise.layers import ALIGNED
@@ -113,7 +111,7 @@ class _Place:
     def __init__(self, use: Use, module: str, name: str, parents: bool) -> None:
         self.use, self.module, self.size = use, module, use.found.size
         self.values = _numbers(use, parents).get(name)
-        self.known = number(_module(use.found.model, module), name)
+        self.known = number(use.found.model.get_submodule(module), name)
         self.whole = self.known if self.known is not None else sum(self.values or ())
 
     @property
@@ -126,19 +124,16 @@ class _Place:
         return self.values == local_numbers(self.whole, count, self.size)
 
 
-def _module(model: nn.Module, name: str) -> nn.Module:
-    return model.get_submodule(name)
-
-
 def _in_parts(places: Sequence[_Place], families: Families) -> str | None:
-    path = [place.module.split(".") for place in places]
-    below = [others for others in families.values() if any(o.name.startswith(f"{'.'.join(path[0])}.") for o in others)]
-    ways = (counts for others in below for kind in (_units, _all_units) if (counts := _counts(places, others, kind)) is not None)
-    samples = [place.use.sample for place in places]
-    for counts in ways:
-        if all(place.splits(count) for place, count in zip(places, counts, strict=True)):
-            if (text := express(samples, counts)) is not None:
-                return text
+    inside = f"{places[0].module}."
+    below = [others for others in families.values() if any(other.name.startswith(inside) for other in others)]
+    for others in below:
+        for kind in (_units, _all_units):
+            counts = _counts(places, others, kind)
+            if counts is not None and all(place.splits(count) for place, count in zip(places, counts, strict=True)):
+                text = express([place.use.sample for place in places], counts)
+                if text is not None:
+                    return text
     return None
 
 

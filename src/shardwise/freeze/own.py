@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import nn
 
@@ -17,7 +17,7 @@ from shardwise.layout import Packed, Sharded
 from shardwise.plan import Plan
 from shardwise.plans.frozen import Variant, expand_lines
 from shardwise.resolve import resolve
-from shardwise.spec import ModuleSpec, Rule, ShardSpec
+from shardwise.spec import Rule, ShardSpec
 
 
 @dataclass(frozen=True)
@@ -90,24 +90,25 @@ def difference(variant: Variant, found: Own) -> str | None:
         said = resolve(model, rules, plan.size)
     except (PlanError, ValueError) as error:
         return str(error).splitlines()[0]
-    for kept, now in zip(said.tensors, plan.tensors, strict=True):
-        if (here := _row(kept)) != (there := _row(now)):
-            return f"{now.name} is {_words(here)} by the file, and {_words(there)} by auto"
-    modules = ({row.name: _module(row) for row in one.modules} for one in (said, plan))
-    kept_modules, now_modules = modules
-    for name in {**now_modules, **kept_modules}:
-        if (here := kept_modules.get(name)) != (there := now_modules.get(name)):
-            return f"{name} is {_words(here)} by the file, and {_words(there)} by auto"
+    return plan_difference(said, plan)
+
+
+def plan_difference(kept: Plan, now: Plan, counts: Callable[[str], bool] = lambda _: True, other: str = "auto") -> str | None:
+    """The first tensor or module whose name `counts` of which the plan of a file, `kept`, says something else than `now`."""
+    here, there = ({name: said for name, said in _said_by(plan) if counts(name)} for plan in (kept, now))
+    for name in {**there, **here}:
+        if here.get(name) != there.get(name):
+            return f"{name} is {_words(here.get(name))} by the file, and {_words(there.get(name))} by {other}"
     return None
 
 
-def _row(row: ShardSpec) -> tuple[Any, ...]:
-    return row.layout.cut(row.shape), row.partial, row.axis
+def _said_by(plan: Plan) -> Iterator[tuple[str, tuple[object, ...]]]:
+    for row in plan.tensors:
+        yield row.name, (row.layout.cut(row.shape), row.partial, row.axis)
+    for module in plan.modules:
+        numbers = dict(module.attributes), dict(module.options)
+        yield module.name, (module.style.__name__, *numbers, module.region, module.local_dropout)
 
 
-def _module(row: ModuleSpec) -> tuple[Any, ...]:
-    return row.style.__name__, dict(row.attributes), dict(row.options), row.region, row.local_dropout
-
-
-def _words(given: tuple[Any, ...] | None) -> str:
-    return "nothing" if given is None else ", ".join(str(part) for part in given)
+def _words(given: tuple[object, ...] | None) -> str:
+    return "nothing" if given is None else ", ".join(map(str, given))

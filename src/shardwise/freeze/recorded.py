@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedConfig
 
@@ -11,7 +11,7 @@ from shardwise.errors import PlanError
 from shardwise.freeze.found import NotFrozen
 from shardwise.freeze.own import Own, brought, difference, own
 from shardwise.freeze.rules import exact_lines
-from shardwise.freeze.sizes import models, other_numbers, other_options, other_sizes, unrelated_sizes
+from shardwise.freeze.sizes import Change, models, other_numbers, other_options, other_sizes, unrelated_sizes
 from shardwise.hf import base_model
 from shardwise.infer import cut_share, prove
 from shardwise.plan import wildcard
@@ -30,7 +30,7 @@ def recorded(config: PreTrainedConfig) -> Frozen:
     """
     first = _own(config)
     record = _Record(config, *_with_other_sizes(config, first))
-    record.widen()
+    record.try_numbers()
     cut = round(cut_share(first.plan), 3)
     return Frozen(base_model(first.model).config.model_type, cut, cut, "", tuple(record.variants()))
 
@@ -72,9 +72,7 @@ def _prove(config: PreTrainedConfig, size: int) -> None:
 
 def _variant(found: Sequence[Own]) -> Variant:
     """The rules of all of `found`. Raises `NotFrozen` where they are not the same."""
-    made = Variant(
-        {}, {}, (), tuple(exact_lines([one.base for one in found])), tuple(exact_lines([one.head for one in found]))
-    )
+    made = Variant({}, {}, (), tuple(exact_lines([one.base for one in found])), tuple(exact_lines([one.head for one in found])))
     if wrong := next((text for one in found if (text := difference(made, one)) is not None), None):
         raise NotFrozen(wrong)
     return made
@@ -86,36 +84,53 @@ class _Record:
     other: PreTrainedConfig
     found: list[Own]
     variant: Variant
-    apart: dict[tuple[str, str], Variant | None] = field(default_factory=dict)
 
-    def widen(self) -> None:
-        """Try every number and option of the config: rules that hold by accident are made anew. Raises `NotFrozen` where
-        nothing says what a number changes.
+    def try_numbers(self) -> None:
+        """Try every number of the config: rules that hold by accident are made anew. Raises `NotFrozen` where nothing says
+        what a number changes.
         """
         for config in other_numbers(self.config):
             near = self._unlike(config)
             if near is not None and _styles(near) == _styles(self.found[0]) and not self._has_fewer_heads(near):
                 self._take(near)
-        for what, config in other_options(self.config):
-            near = self._unlike(config)
+
+    def variants(self) -> Iterator[Variant]:
+        """The rules, and those for options with which they are others, each with the options that tell them apart."""
+        apart: dict[tuple[str, str], Variant | None] = {}
+        for what, change in other_options(self.config):
+            near = self._unlike(change(self.config))
             if near is not None and not (what == "heads" and self._has_fewer_heads(near)):
                 try:
                     self._take(near)
                 except NotFrozen:
-                    self._tell_apart(what, near)
-
-    def variants(self) -> list[Variant]:
-        """The rules, and those for options with which they are others, each with the options that tell them apart."""
-        names = dict.fromkeys(what for what, _ in self.apart)
-        usual = {name: value for name, value in options(base_model(self.found[0].model).config) if name in names}
-        made = [Variant({name: (value,) for name, value in usual.items()}, {}, (), self.variant.rules, self.variant.head)]
-        for (what, value), variant in self.apart.items():
+                    apart[what, self._value(what, near)] = self._with_option(change, near)
+        names = {what for what, _ in apart}
+        usual = {name: (value,) for name, value in _options(self.found[0]).items() if name in names}
+        yield replace(self.variant, options=usual)
+        for (what, value), variant in apart.items():
             if variant is not None:
-                made.append(Variant({what: (value,)}, {}, (), variant.rules, variant.head))
-        return made
+                yield replace(variant, options=usual | {what: (value,)})
+
+    def _with_option(self, change: Change, near: Own) -> Variant | None:
+        """The rules for an option, as for the usual ones; None where it makes no models of other sizes."""
+        config, other = change(self.config), change(self.other)
+        try:
+            found = [near, _own(other)]
+            record = _Record(config, other, found, _variant(found))
+            _prove(other, SIZE)
+            record.try_numbers()
+        except Exception:  # whatever a model's code says to options that exclude each other
+            return None
+        return record.variant
+
+    def _value(self, what: str, near: Own) -> str:
+        value = _options(near).get(what)
+        if value is None or value == _options(self.found[0]).get(what):
+            raise NotFrozen(f"its rules are others with another {what}, and nothing says which")
+        return value
 
     def _unlike(self, config: PreTrainedConfig) -> Own | None:
-        """What is brought with `config`, where that is not what the rules say; None where it is, or it is no model that runs."""
+        """What is brought with `config`, where that is not what the rules say; None where it is, or no model that runs."""
         try:
             near = _own(config)
             if difference(self.variant, near) is None:
@@ -133,14 +148,9 @@ class _Record:
         """Make the rules anew, so that they hold for `near` too. Raises `NotFrozen`."""
         self.variant, self.found = _variant([*self.found, near]), [*self.found, near]
 
-    def _tell_apart(self, what: str, near: Own) -> None:
-        value = dict(options(base_model(near.model).config)).get(what)
-        if value is None or value == dict(options(base_model(self.found[0].model).config)).get(what):
-            raise NotFrozen(f"its rules are others with another {what}, and nothing says which")
-        try:
-            self.apart[what, value] = _variant([near])
-        except NotFrozen:
-            self.apart[what, value] = None
+
+def _options(found: Own) -> dict[str, str]:
+    return dict(options(base_model(found.model).config))
 
 
 def _styles(found: Own) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -11,6 +11,7 @@ from shardwise.freeze.found import Families, Found, NotFrozen, Use, families_of,
 from shardwise.freeze.numbers import cut_text, local_texts
 from shardwise.plan import wildcard
 from shardwise.plans.frozen import FrozenLine, members
+from shardwise.spec import Rule
 
 ENDS = ("embedding_rowwise", "colwise_gather_output")
 """Styles of the ends of a model, outside of its layers, which `hf.rules` knows."""
@@ -20,8 +21,7 @@ def inferred_lines(found: Sequence[Found]) -> Iterator[FrozenLine]:
     """The rules inside of the layers that all of `found` have, their numbers as expressions. Raises `NotFrozen` where they
     differ in more.
     """
-    inside = [replace(one, rules={name: rule for name, rule in one.rules.items() if _inside(name, rule.style)}) for one in found]
-    families = families_of(inside)
+    families = families_of([replace(one, rules=_inside(one)) for one in found])
     for family, uses in families.items():
         if kept := _cut_inside(uses):
             yield from _Family(family, kept, families, exact=False).lines()
@@ -36,8 +36,9 @@ def exact_lines(found: Sequence[Found]) -> Iterator[FrozenLine]:
         yield from _Family(family, uses, families, exact=True).lines()
 
 
-def _inside(name: str, style: str) -> bool:
-    return style not in ENDS or "*" in wildcard(name)
+def _inside(found: Found) -> dict[str, Rule]:
+    """Without what is cut by its size, outside of the layers."""
+    return {name: rule for name, rule in found.rules.items() if rule.style not in ENDS or "*" in wildcard(name)}
 
 
 def _cut_inside(uses: Sequence[Use]) -> list[Use]:
@@ -69,16 +70,16 @@ class _Family:
     def _groupings(self) -> Iterator[dict[tuple[str, str], list[Use]]]:
         yield {(self.family, ""): list(self.uses)}
         for kept in range(len(list(numbered(self.uses[0].name)))):
-            yield self._grouped(lambda use, kept=kept: (list(numbered(use.name))[kept], ""))
+            yield self._grouped([(list(numbered(use.name))[kept], "") for use in self.uses])
         for name in _true_of(self.uses):
             yield {(self.family, name): list(self.uses)}
         for level in range(len(self.family.split("."))):
-            yield self._grouped(lambda use, level=level: (self.family, _kind(use.found, use.name, level)))
+            yield self._grouped([(self.family, _kind(use.found, use.name, level)) for use in self.uses])
 
-    def _grouped(self, key: Callable[[Use], tuple[str, str]]) -> dict[tuple[str, str], list[Use]]:
+    def _grouped(self, keys: Sequence[tuple[str, str]]) -> dict[tuple[str, str], list[Use]]:
         groups: dict[tuple[str, str], list[Use]] = {}
-        for use in self.uses:
-            groups.setdefault(key(use), []).append(use)
+        for key, use in zip(keys, self.uses, strict=True):
+            groups.setdefault(key, []).append(use)
         return groups
 
     def _line(self, pattern: str, of: str, uses: Sequence[Use]) -> FrozenLine:

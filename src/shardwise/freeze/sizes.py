@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from shardwise import tiny
 from shardwise.plans.frozen.scope import field, integer
 
 Make = Callable[[PreTrainedConfig], nn.Module]
+Change = Callable[[PreTrainedConfig], PreTrainedConfig]
+"""A config like another one."""
 
 _HEADS = re.compile(r"(^|_)n?_?(num_)?(attention_|attn_)?heads?$|^n_head$|^num_heads$")
 _KV = re.compile(r"(kv|key_value)_(n_)?heads?$|^num_kv|_kv_heads$")
@@ -92,15 +95,27 @@ def _families(config: PreTrainedConfig, make: Make) -> set[str] | None:
         return None
 
 
-def other_options(config: PreTrainedConfig) -> Iterator[tuple[str, PreTrainedConfig]]:
-    """Copies of `config`, each with one flag the other way round, or with another number of KV heads; and what is different."""
+def other_options(config: PreTrainedConfig) -> Iterator[tuple[str, Change]]:
+    """What makes of a config one with a flag the other way round, or with another number of KV heads; and what is different."""
     for name, value in sorted(vars(config).items()):
         if isinstance(value, bool) and not name.startswith(("_", "output_", "return_")) and name != "use_cache":
-            yield name, with_fields(config, {name: not value})
+            yield name, partial(with_fields, fields={name: not value})
     query, kv = field(config, "num_attention_heads"), field(config, "num_key_value_heads")
     if integer(query) and integer(kv) and "num_key_value_heads" in vars(config):
-        for number in sorted({query, query // 2, 2} - {kv}):
-            yield "heads", with_fields(config, {"num_key_value_heads": number})
+        numbers = {query: _a_head_each, query // 2: _half_as_many, 2: _two}
+        yield from (("heads", change) for number, change in sorted(numbers.items()) if number != kv)
+
+
+def _a_head_each(config: PreTrainedConfig) -> PreTrainedConfig:
+    return with_fields(config, {"num_key_value_heads": config.num_attention_heads})
+
+
+def _half_as_many(config: PreTrainedConfig) -> PreTrainedConfig:
+    return with_fields(config, {"num_key_value_heads": config.num_attention_heads // 2})
+
+
+def _two(config: PreTrainedConfig) -> PreTrainedConfig:
+    return with_fields(config, {"num_key_value_heads": 2})
 
 
 def other_numbers(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:

@@ -9,12 +9,18 @@ import torch
 import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from shardwise.tiny.nested import NESTED, PARTS, TOWER
 from shardwise.tiny.sizes import COMMON, TINY
 from shardwise.tiny.unplanned import UNPLANNED
 
-__all__ = ["PARTS", "build", "config", "empty", "known", "on_meta", "randomised"]
+__all__ = ["PARTS", "build", "config", "empty", "known", "on_meta", "randomised", "types"]
+
+
+def types() -> list[str]:
+    """Every causal-LM type of transformers, in alphabetical order."""
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
 @cache

@@ -27,9 +27,7 @@ def expand_rules(variant: Variant, model: nn.Module, prefix: str, size: int) -> 
 def expand_lines(lines: Sequence[FrozenLine], model: nn.Module, prefix: str, size: int) -> list[Rule]:
     """The same of lines whose patterns are relative to `model`."""
     names = names_in(model)
-    return [
-        _rule(line, model, name, prefix, size) for line in lines for name in members(model, line.pattern, line.of, names)
-    ]
+    return [_rule(line, model, name, prefix, size) for line in lines for name in members(model, line.pattern, line.of, names)]
 
 
 def names_in(model: nn.Module) -> Names:

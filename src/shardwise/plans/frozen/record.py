@@ -77,11 +77,18 @@ class Frozen:
                 | dict.fromkeys(one.get("numbers", ()), (NUMBER,)),
                 {name: tuple(values) for name, values in one.get("modules", {}).items()},
                 tuple(one.get("matrices", ())),
-                *(tuple(FrozenLine(**{"source": "frozen", **rule}) for rule in one.get(part, ())) for part in ("rules", "head")),
+                *(
+                    tuple(FrozenLine(**{"source": "frozen", **rule}) for rule in one.get(part, ()))
+                    for part in ("rules", "head")
+                ),
             )
             for one in given["variants"]
         )
         return cls(given["type"], given["cut"], given["own"], given["why"], variants)
+
+
+def _lines(given: Iterable[Mapping[str, Any]]) -> tuple[FrozenLine, ...]:
+    return tuple(FrozenLine(**{"source": "frozen", **rule}) for rule in given)
 
 
 def _written(variant: Variant) -> str:
