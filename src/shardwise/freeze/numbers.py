@@ -93,7 +93,9 @@ def local_texts(family: str, uses: Sequence[Use], families: Families, literals: 
         places = [_Place(use, use.name.rpartition(".")[0] if parents else use.name, name, parents) for use in uses]
         if literals and all(place.unchanged for place in places):
             continue
-        if (text := _in_parts(places, families) or (_in_any_parts(places) if literals else None)) is None:
+        text = (_in_own_parts(places) if literals else None) or _in_parts(places, families)
+        text = text or (_in_any_parts(places) if literals else None)
+        if text is None:
             raise NotFrozen(f"{family}: nothing says into how many parts its {name} falls")
         made_up = not all(place.known is not None for place in places)
         said = f"{_Writer(family, uses, literals).said([place.whole for place in places])} " if made_up else ""
@@ -130,11 +132,23 @@ def _in_parts(places: Sequence[_Place], families: Families) -> str | None:
     for others in below:
         for kind in (_units, _all_units):
             counts = _counts(places, others, kind)
-            if counts is not None and all(place.splits(count) for place, count in zip(places, counts, strict=True)):
-                text = express([place.use.sample for place in places], counts)
-                if text is not None:
-                    return text
+            text = _in_so_many(places, counts) if counts is not None else None
+            if text is not None:
+                return text
     return None
+
+
+def _in_own_parts(places: Sequence[_Place]) -> str | None:
+    """As the weights of the module itself."""
+    if any(place.use.rule.cut is None for place in places):
+        return None
+    return _in_so_many(places, [_units(place.use) for place in places])
+
+
+def _in_so_many(places: Sequence[_Place], counts: Sequence[int]) -> str | None:
+    if not all(place.splits(count) for place, count in zip(places, counts, strict=True)):
+        return None
+    return express([place.use.sample for place in places], counts)
 
 
 def _in_any_parts(places: Sequence[_Place]) -> str | None:

@@ -52,10 +52,17 @@ def own(model: nn.Module, plan: Plan) -> Own:
     """All that `plan` says of `model`."""
     size = plan.size
     base, prefix = base_of(model)
-    rules = {name: _said(name, rule, plan) for name, rule in plan.rules.items() if rule.matches(name)}
+    rules = {name: _said(name, rule, plan) for name, rule in plan.rules.items() if _is_needed(name, rule, plan)}
     inside = {name.removeprefix(prefix): rule for name, rule in rules.items() if name.startswith(prefix)}
     outside = {name: rule for name, rule in rules.items() if not name.startswith(prefix)}
     return Own(model, plan, Found(base, inside, size), Found(model, outside, size))
+
+
+def _is_needed(name: str, rule: Rule, plan: Plan) -> bool:
+    """Not of vectors that are whole as if no rule named them: there are many."""
+    row = plan.get(name)
+    is_vector = row is not None and len(row.shape) < 2 and not row.sharded and not row.partial
+    return rule.matches(name) and not (is_vector and name.rpartition(".")[0] not in plan.rules)
 
 
 def base_of(model: nn.Module) -> tuple[nn.Module, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from transformers import PreTrainedConfig
@@ -91,7 +91,7 @@ class _Record:
         """
         for config in other_numbers(self.config):
             near = self._unlike(config)
-            if near is not None and _styles(near) == _styles(self.found[0]) and not self._has_fewer_heads(near):
+            if near is not None and _kinds(near) == _kinds(self.found[0]) and not self._has_fewer_heads(near):
                 self._take(near)
 
     def variants(self) -> Iterator[Variant]:
@@ -105,7 +105,7 @@ class _Record:
                 except NotFrozen:
                     apart[what, self._value(what, near)] = self._with_option(change, near)
         names = {what for what, _ in apart}
-        usual = {name: (value,) for name, value in _options(self.found[0]).items() if name in names}
+        usual = {name: (value,) for name, value in _options(self.found[0], names).items() if name in names}
         yield replace(self.variant, options=usual)
         for (what, value), variant in apart.items():
             if variant is not None:
@@ -124,8 +124,8 @@ class _Record:
         return record.variant
 
     def _value(self, what: str, near: Own) -> str:
-        value = _options(near).get(what)
-        if value is None or value == _options(self.found[0]).get(what):
+        value = _options(near, {what}).get(what)
+        if value is None or value == _options(self.found[0], {what}).get(what):
             raise NotFrozen(f"its rules are others with another {what}, and nothing says which")
         return value
 
@@ -149,12 +149,14 @@ class _Record:
         self.variant, self.found = _variant([*self.found, near]), [*self.found, near]
 
 
-def _options(found: Own) -> dict[str, str]:
-    return dict(options(base_model(found.model).config))
+def _options(found: Own, names: Collection[str]) -> dict[str, str]:
+    return dict(options(base_model(found.model).config, names))
 
 
-def _styles(found: Own) -> dict[str, str]:
-    return {wildcard(name): rule.style for name, rule in found.plan.rules.items()}
+def _kinds(found: Own) -> dict[str, tuple[str, ...]]:
+    """What is done, but for the numbers: sizes at which something else is done are not spoken of."""
+    rules = found.plan.rules
+    return {wildcard(name): (rule.style, *rule.attributes, *rule.parent_attributes) for name, rule in rules.items()}
 
 
 def _shared(found: Own) -> int:

@@ -57,7 +57,7 @@ class _Family:
 
     def lines(self) -> list[FrozenLine]:
         """One line; or, where members are cut in several ways (`ffn.0` and `ffn.2` of a layer), as few as tell them apart: by
-        the last of their numbers, by what is true of them, or by the class of a module around them.
+        the last of their numbers, by their class or by what is true of them, or by the class of a module around them.
         """
         why: NotFrozen | None = None
         for grouped in self._groupings():
@@ -71,10 +71,10 @@ class _Family:
         yield {(self.family, ""): list(self.uses)}
         for kept in range(len(list(numbered(self.uses[0].name)))):
             yield self._grouped([(list(numbered(use.name))[kept], "") for use in self.uses])
-        for name in _true_of(self.uses):
-            yield {(self.family, name): list(self.uses)}
         for level in range(len(self.family.split("."))):
             yield self._grouped([(self.family, _kind(use.found, use.name, level)) for use in self.uses])
+            for name in _true_of(self.uses) if level == 0 else ():
+                yield {(self.family, name): list(self.uses)}
 
     def _grouped(self, keys: Sequence[tuple[str, str]]) -> dict[tuple[str, str], list[Use]]:
         groups: dict[tuple[str, str], list[Use]] = {}

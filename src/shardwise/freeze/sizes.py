@@ -21,7 +21,7 @@ Change = Callable[[PreTrainedConfig], PreTrainedConfig]
 
 _HEADS = re.compile(r"(^|_)n?_?(num_)?(attention_|attn_)?heads?$|^n_head$|^num_heads$")
 _KV = re.compile(r"(kv|key_value)_(n_)?heads?$|^num_kv|_kv_heads$")
-_HEAD_DIM = re.compile(r"head_dim|^d_kv$|(^|_)d_head$|dim_head$|attention_head_size|head_size")
+_HEAD_DIM = re.compile(r"head_?dim|^d_kv$|(^|_)d_head$|dim_head$|attention_head_size|head_size")
 _INNER = re.compile(r"intermediate|ffn|inner|^dff$|dim_ff|feed_forward_hidden")
 _FIXED = re.compile(
     r"_id$|^num_labels|vocab|layers?$|position|chunk_size|^pad|experts_per|top_?k|window|^_|type_|conv|kernel|_period|_offset|max_"
@@ -68,7 +68,7 @@ def _scaled_fields(
             yield name, value * width[0] // width[1]
         elif _INNER.search(name):
             yield name, value * inner[0] // inner[1]
-        elif value == hidden:
+        elif value == hidden or (name.endswith("hidden_size") and hidden and value % hidden == 0):
             yield name, value * query * width[0] // width[1]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -23,12 +23,12 @@ _NO_OPTION = re.compile(
 _HEADS = ("num_attention_heads", "num_key_value_heads")
 
 
-def options(config: Any) -> Iterator[tuple[str, str]]:
+def options(config: Any, also: Collection[str] = ()) -> Iterator[tuple[str, str]]:
     """The options of a config as JSON: flags, words, which of its fields are None, the kinds of its layers (one each), and
-    whether queries share KV heads.
+    whether queries share KV heads; and the fields `also`, which are none as a rule.
     """
     for name, value in sorted(vars(config).items()):
-        if _NO_OPTION.search(name):
+        if _NO_OPTION.search(name) and name not in also:
             continue
         if isinstance(value, bool | str | None):
             yield name, json.dumps(value)
@@ -58,7 +58,7 @@ def classes(model: nn.Module, patterns: Sequence[str]) -> dict[str, list[str]]:
 
 def problem(variant: Variant, model: nn.Module) -> str | None:
     """What of `model`, a base model, was not there when `variant` was proven, in words; None where all was."""
-    for name, value in options(model.config):
+    for name, value in options(model.config, variant.options):
         if name in variant.options and value not in variant.options[name]:
             return f"{name} is {value}, and the frozen plan was proven with {' and '.join(variant.options[name])}"
     for name, kinds in classes(model, list(variant.modules)).items():
