@@ -19,7 +19,7 @@ from shardwise.verify import Check, Verification
 OPTIONS = {
     (): {"--version", "--help"},
     ("demo",): {"--tp", "--steps", "--output", "--seed", "--text", "--fast", "--help"},
-    ("freeze",): {"--folder", "--help"},
+    ("freeze",): {"--check", "--folder", "--help"},
     ("generate",): {
         "--tp",
         "--prompt",

@@ -26,8 +26,12 @@ SPREADS = st.sampled_from(["split", "share", "whole", "pad"])
 BLOCKS = st.builds(
     lambda units, unit, spread: Block(units * unit, unit, spread), st.integers(1, 99), st.integers(1, 999), SPREADS
 )
-CUTS = st.builds(Cut, st.integers(1, 4096), SPREADS) | st.builds(
-    lambda blocks: Cut(blocks=tuple(blocks)), st.lists(BLOCKS, min_size=1, max_size=4)
+DIMS = st.none() | st.integers(0, 3)
+CUTS = st.builds(Cut, st.integers(1, 4096), SPREADS, dim=DIMS) | st.builds(
+    lambda blocks, times, dim: Cut(blocks=tuple(blocks) * times, dim=dim),
+    st.lists(BLOCKS, min_size=1, max_size=4),
+    st.sampled_from([1, 7]),
+    DIMS,
 )
 
 
@@ -45,6 +49,8 @@ def test_cut_is_read_as_it_is_written(cut):
         ("heads x (3 * config.width)", Cut(blocks=(Block(96, 24),))),
         ("12 units", Cut(unit=8)),
         ("heads units shared", Cut(unit=24, spread="share")),
+        ("heads times 3 x 8 | 4", Cut(blocks=(*(Block(24, 8),) * 4, Block(4)))),
+        ("dim 1: 2 units", Cut(unit=48, dim=1)),
     ],
 )
 def test_cuts_as_people_write_them(text, cut):
@@ -100,6 +106,15 @@ def test_loaded_plan_is_the_saved_one(name, how, tmp_path):
     assert len(plan.to_json().splitlines()) < 30
     assert "layers.1" not in plan.to_json()
     assert shardwise.prove(loaded, model)
+
+
+def test_buffers_that_are_cut_come_back(tmp_path):
+    """Guards: a table of all heads of which a file says nothing, or whose cut dim it loses."""
+    model = tiny.on_meta("minimax")
+    plan = shardwise.plan(model, 2)
+    plan.save(tmp_path / "plan.json")
+    assert plan["model.layers.0.self_attn.diagonal_decay"].layout.dim == 1
+    assert without_patterns(shardwise.plan(model, 2, tmp_path / "plan.json")) == without_patterns(plan)
 
 
 def test_layers_that_differ_and_dealt_experts_come_back(tmp_path):

@@ -9,10 +9,10 @@
 | `own`, `recorded` | the plan that a type brings, with our corrections: a file to be read |
 | `inferred` | the plan that is inferred where a type brings none that is right: a file that `auto` uses |
 | `make` | which of them the file of a type is |
-| `drift` | whether a file still says what `auto` does |
+| `compare` | whether a file still says what `auto` does |
 """
 
-from shardwise.freeze.drift import NotBuilt, drift
+from shardwise.freeze.compare import NotBuilt, drift
 from shardwise.freeze.found import NotFrozen
 from shardwise.freeze.make import freeze
 

@@ -9,7 +9,6 @@ from itertools import combinations, combinations_with_replacement, permutations
 from torch import nn
 from transformers import PreTrainedConfig
 
-from shardwise.layers import ALIGNED
 from shardwise.plans.frozen.scope import LENGTH, around, integer, lookup
 
 _FACTORS = (2, 3, 4)
@@ -66,7 +65,6 @@ def _candidates(samples: Sequence[Sample], also: Sequence[str]) -> Iterator[tupl
     yield from ((f"{text} + {factor}", _plus(values, factor)) for text, values in ratios for factor in _FACTORS)
     for a, b, c in permutations(names, 3):
         yield f"{a} * {b} / {c}", _by(products.get((a, b)) or products[b, a], names[c])
-    yield from ((f"{name} / {ALIGNED}", _over(values, ALIGNED)) for name, values in names.items())
     yield from ((f"{a} + {b}", _sum(names[a], names[b])) for a, b in combinations(names, 2))
     yield from ((f"{a} - {b}", _sum(names[a], _times(names[b], -1))) for a, b in permutations(names, 2))
 

@@ -18,7 +18,7 @@ def cut_text(family: str, uses: Sequence[Use], literals: bool) -> str:
     """The cut of a family, "" where its style says it. Raises `NotFrozen` where `uses` differ in more than numbers.
 
     Args:
-        literals: whether a number that is the same in all of them may stand there as it is: that of aligned rows may always.
+        literals: whether a number that is the same in all of them may stand there as it is.
     """
     cuts = [use.rule.cut for use in uses if use.rule.cut is not None]
     if not cuts:
@@ -39,9 +39,10 @@ class _Writer:
         word = self.word([cut.spread for cut in cuts])
         if all(cut.unit == 1 for cut in cuts):
             return f"units of 1{word}"
-        counts = [(use.length or 0) // cut.unit for use, cut in zip(self.uses, cuts, strict=True)]
-        if self.is_constant([cut.unit for cut in cuts]) and len(set(counts)) > 1 and self.expressed(counts) is None:
-            return f"units of {cuts[0].unit}{word}"
+        units = [cut.unit for cut in cuts]
+        counts = [(use.length or 0) // unit for use, unit in zip(self.uses, units, strict=True)]
+        if self.aligned(units) or (self.is_constant(units) and len(set(counts)) > 1 and self.expressed(counts) is None):
+            return f"units of {units[0]}{word}"
         return f"{self.said(counts)} units{word}"
 
     def blocks(self, blocks: Sequence[Sequence[Block]]) -> str:
@@ -57,8 +58,9 @@ class _Writer:
         word = self.word([block.spread for block in blocks])
         if all(block.unit == 1 for block in blocks):
             return f"{self.said([block.length for block in blocks])}{word}"
-        units = self.said([block.unit for block in blocks])
-        units = units if units.replace(".", "").isalnum() or units.isidentifier() else f"({units})"
+        if self.aligned([block.unit for block in blocks]):
+            return f"{_bracketed(self.said([block.length for block in blocks]))} / {ALIGNED} x {ALIGNED}{word}"
+        units = _bracketed(self.said([block.unit for block in blocks]))
         return f"{self.said([block.units for block in blocks])} x {units}{word}"
 
     def word(self, spreads: Sequence[str]) -> str:
@@ -68,7 +70,11 @@ class _Writer:
 
     def is_constant(self, values: Sequence[int]) -> bool:
         """Whether a number may stand there as it is."""
-        return len(set(values)) == 1 and (self.literals or values[0] == ALIGNED)
+        return self.literals and len(set(values)) == 1
+
+    def aligned(self, units: Sequence[int]) -> bool:
+        """Whether these are rows of stacked experts, which inference cuts so."""
+        return not self.literals and set(units) == {ALIGNED}
 
     def expressed(self, values: Sequence[int]) -> str | None:
         also = [LENGTH] if all(use.length == value for use, value in zip(self.uses, values, strict=True)) else []
@@ -82,6 +88,10 @@ class _Writer:
             wanted = " or ".join(map(str, dict.fromkeys(values)))
             raise NotFrozen(f"{self.family}: nothing of the module or its config says {wanted}")
         return text
+
+
+def _bracketed(text: str) -> str:
+    return text if text.isidentifier() or text.isdigit() else f"({text})"
 
 
 def local_texts(family: str, uses: Sequence[Use], families: Families, literals: bool, parents: bool) -> dict[str, str]:

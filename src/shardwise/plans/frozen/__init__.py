@@ -1,7 +1,13 @@
-"""Plans that were inferred and proven once, and kept: a file a type, written by `shardwise freeze`, for all of its sizes.
+"""Plans that were proven once, and kept: a file a type, written by `shardwise freeze`, for all of its sizes.
+
+Of a type that brings no plan that is right, the file is used (`"why"` says why): its rules were inferred. Of any other it is a
+record, there to be read and to be compared with: what `auto` makes of the type's own plan and our corrections (`"source"` says
+whose a rule is), those of the head included, by their names in the causal LM; a test tells when that is no longer so.
 
 Heads, widths and block counts stand there as expressions (`num_attention_heads units`), whose names are integers of the module,
-of a module around it, or of the config. A file says for which options it was proven; of a model with others it says nothing.
+of a module around it, or of the config; a cut that is not said is the style's own. A file says for which options it was proven.
+Of a model with others it says nothing: a plan is inferred, or worked out of the type's own, as if there were no file. So it is
+with fewer KV heads than ranks, which neighbouring ranks share.
 """
 
 from __future__ import annotations
@@ -13,7 +19,7 @@ from pathlib import Path
 from torch import nn
 
 from shardwise.plans.frozen.expand import expand_lines, expand_rules, members
-from shardwise.plans.frozen.fits import problem
+from shardwise.plans.frozen.fits import other_option, problem
 from shardwise.plans.frozen.record import Frozen, FrozenLine, Variant
 from shardwise.spec import Rule
 
@@ -27,6 +33,7 @@ __all__ = [
     "frozen",
     "frozen_rules",
     "members",
+    "other_option",
     "problem",
 ]
 

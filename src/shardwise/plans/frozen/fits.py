@@ -56,11 +56,18 @@ def classes(model: nn.Module, patterns: Sequence[str]) -> dict[str, list[str]]:
     return {pattern: sorted(found[pattern]) for pattern in patterns if pattern in found}
 
 
-def problem(variant: Variant, model: nn.Module) -> str | None:
-    """What of `model`, a base model, was not there when `variant` was proven, in words; None where all was."""
-    for name, value in options(model.config, variant.options):
+def other_option(variant: Variant, config: Any) -> str | None:
+    """Which option of `config` is another one than `variant` is for, in words; None where none is."""
+    for name, value in options(config, variant.options):
         if name in variant.options and value not in variant.options[name]:
             return f"{name} is {value}, and the frozen plan was proven with {' and '.join(variant.options[name])}"
+    return None
+
+
+def problem(variant: Variant, model: nn.Module) -> str | None:
+    """What of `model`, a base model, was not there when `variant` was proven, in words; None where all was."""
+    if (other := other_option(variant, model.config)) is not None:
+        return other
     for name, kinds in classes(model, list(variant.modules)).items():
         if not set(kinds) <= set(variant.modules[name]):
             return f"{name} is a {', '.join(kinds)}, and the frozen plan was proven with {', '.join(variant.modules[name])}"

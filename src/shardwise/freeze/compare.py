@@ -13,7 +13,7 @@ from shardwise.freeze.sizes import models, tiny_config
 from shardwise.hf import base_model, model_rules
 from shardwise.infer import infer_plan
 from shardwise.plan import Plan, wildcard
-from shardwise.plans.frozen import Frozen, frozen, problem
+from shardwise.plans.frozen import Frozen, frozen, other_option
 
 
 class NotBuilt(Exception):
@@ -54,7 +54,7 @@ def _model(config: PreTrainedConfig) -> nn.Module:
 
 def _recorded(kept: Frozen, model: nn.Module, plan: Plan) -> str | None:
     found = own(model, plan)
-    reasons = [(variant, problem(variant, base_model(model))) for variant in kept.variants]
+    reasons = [(variant, other_option(variant, base_model(model).config)) for variant in kept.variants]
     fitting = next((variant for variant, why in reasons if why is None), None)
     return reasons[0][1] if fitting is None else difference(fitting, found)
 
