@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 
 from parity.types import every
-from parity.variants import KEPT, Inferred, flipped, problem_of_flags, problem_of_sizes, resized
+from parity.variants import KEPT, Inferred, flipped, problem, problem_of_flags, problem_of_sizes, resized
 from shardwise import tiny
 from shardwise.hf import model_rules
 from shardwise.layers import Cut
@@ -43,6 +43,12 @@ def test_right_at_other_sizes(name):
 def test_right_with_other_flags(name):
     """Guards: biases, ties, norms, multi-query heads, cross-attention, experts of which a plan knows one form alone."""
     proven(problem_of_flags, name)
+
+
+@pytest.mark.parametrize(("name", "heads", "size"), [("gpt_neox", 6, 4), ("gpt_neox", 4, 3)])
+def test_heads_need_not_divide(name, heads, size):
+    """Guards: fused heads that are cut straight through, where ranks have different numbers of them."""
+    assert problem(tiny.config(name, num_attention_heads=heads, hidden_size=16 * heads), size) == ""
 
 
 def heads_of_one_size(rule: Rule) -> Rule:

@@ -9,7 +9,7 @@ from torch import nn
 from shardwise.layers import Cut
 
 _KV_NAMES = frozenset({"k_proj", "v_proj", "key", "value", "key_proj", "value_proj"})
-_MARKS = ("num_key_value_groups", "num_heads", "num_attention_heads", "head_dim", "qk_head_dim")
+_MARKS = ("num_key_value_groups", "num_heads", "num_attention_heads", "head_dim", "head_size", "qk_head_dim")
 
 
 @dataclass(frozen=True, slots=True)
