@@ -34,6 +34,7 @@ from shardwise.resolve import resolve
 from shardwise.spec import Rule
 from shardwise.tiny.sizes import NO_DROPOUT
 
+FOUR = ("phi3", "dbrx", "longcat_flash")
 TYPES = ("llama", "gpt2", "gpt_neox", "bert", "mixtral", "phi3")
 
 
@@ -54,6 +55,17 @@ def test_inferred_plan_is_exact_on_two_ranks(name, suite, shm2):
     that infer different plans. Logits, losses, gradients after each of two micro-batches, tokens, saved bytes.
     """
     outcome = suite.outcome(name, shm2)
+    assert not isinstance(outcome, PlanError), outcome
+    assert outcome.wrong == ()
+    assert outcome.share < 1.1
+
+
+@pytest.mark.parametrize("name", FOUR)
+def test_inferred_plan_is_exact_on_four_ranks(name, suite, shm4):
+    """Guards: KV heads that two ranks share, in one matrix with the queries or apart: a cache of too many, gradients that are
+    one rank's, saved rows that are there twice; experts below one another, or ones that return what they are given.
+    """
+    outcome = suite.outcome(name, shm4)
     assert not isinstance(outcome, PlanError), outcome
     assert outcome.wrong == ()
     assert outcome.share < 1.1
@@ -114,6 +126,8 @@ BLOCKS = {
     "0 1 2 3 0 1 2 3": "4 | 4",  # gate and up
     "0 0 0 1 1 1 2 2 2 3 3 3 -1 -1": "4 x 3 | 2 on every rank",  # queries, and one KV head for all
     "0 1 0 1 2 3 2 3": "2 | 2 | 2 | 2",  # q and k in two groups: a codegen of two chips
+    "0 1 2 3 -2 -2 -3 -3": "4 | 2 x 2 shared",  # a KV head for two queries
+    "0 1 -2 2 3 -3": None,  # the same, group by group
     "1 0 2 3": None,
     "0 0 1 2 2 3 3": None,
 }
@@ -135,7 +149,7 @@ def test_index_lists_become_blocks(owners):
             {side[i] for piece in one.along(0).pieces((len(side),), rank, 2) for i in range(*piece.full.indices(len(side)))}
             for one, side in zip(cut, found, strict=True)
         ]
-        assert held[0] - {EVERY} == held[1]
+        assert {owner for owner in held[0] if owner > EVERY} == held[1]
 
 
 class Split(nn.Module):
