@@ -25,7 +25,7 @@ from shardwise.resolve import resolve
 from shardwise.spec import Rule
 
 Family = tuple[str, str, int]
-FEW = 12
+FEW = 8
 """How many patches are tried of families together, and of what is written in another way than the first."""
 
 

@@ -23,8 +23,8 @@ from shardwise.infer.simulate import Reference
 from shardwise.layout import local_numbers
 from shardwise.spec import Rule
 
-MOST = 24
-MOST_WIDTHS = 8
+MOST = 16
+MOST_WIDTHS = 6
 """How many ways are tried of one family: with its input as it is, and with one of its parts' width."""
 _MOST_NUMBERS = 7
 _COUNTS: tuple[Counts, ...] = ("parts", "groups", "parts in a group")
