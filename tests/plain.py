@@ -84,18 +84,22 @@ class SharedKeys(GroupedAttention):
 
 
 class Inline(nn.Module):
-    """A block in one module: attention that takes its width from its input, which it adds itself, and an MLP."""
+    """A block in one module: attention with ALiBi that takes its width from its input, which it adds itself, and an MLP."""
+
+    slopes: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.norm, self.qkv, self.out = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
         self.up, self.down, self.heads = nn.Linear(WIDTH, 80), nn.Linear(80, WIDTH), HEADS
+        self.register_buffer("slopes", 2.0 ** -torch.arange(1.0, HEADS + 1))
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
         b, n, c = h.shape
         q, k, v = self.qkv(h).reshape(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
-        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(b, n, c))
+        bias = self.slopes[:, None, None] * (torch.arange(n) - torch.arange(n)[:, None])
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).reshape(b, n, c))
         return x + self.down(F.gelu(self.up(x)))
 
 

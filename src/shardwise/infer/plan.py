@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from shardwise.errors import PlanError, describe
@@ -28,6 +29,9 @@ from shardwise.infer.trace import Trace
 from shardwise.mesh import started_ranks
 from shardwise.plan import Plan, wildcard
 from shardwise.spec import Rule
+
+_TABLE = 2**16
+"""Elements of a buffer at most, of which it is asked who reads them."""
 
 
 def infer_plan(
@@ -92,11 +96,45 @@ def _proposals(
     """The islands of `model`, which has one of each kind of the `whole` one's layers, as rules; why others are none goes to
     `left`. And the rules for its vocabulary.
     """
+    tables = {name: buffer for name, buffer in model.named_buffers() if _is_table(name, buffer)}
+    try:
+        with _with_gradients(tables):
+            found, why = _seen(whole, model, feed, size, tables)
+    except RuntimeError:  # it writes to one, or an operator has no derivative by it
+        found, why = _seen(whole, model, feed, size, {})
+    left |= {name: reason for name, reason in why.items() if name not in left}
+    return found
+
+
+def _is_table(name: str, buffer: Tensor) -> bool:
+    """Whether parts may have slices of a buffer: a slope for each head, a factor for each channel. Not of statistics, by which
+    nothing is derived.
+    """
+    statistic = name.rpartition(".")[2].startswith("running_")
+    return buffer.is_floating_point() and not (buffer.is_meta or statistic) and 1 < buffer.numel() <= _TABLE
+
+
+@contextmanager
+def _with_gradients(tables: Mapping[str, Tensor]) -> Iterator[None]:
+    for table in tables.values():
+        table.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for table in tables.values():
+            table.requires_grad_(False)
+
+
+def _seen(
+    whole: nn.Module, model: nn.Module, feed: Feed, size: int, tables: Mapping[str, Tensor]
+) -> tuple[tuple[list[Proposal], list[list[Rule]]], dict[str, str]]:
+    """The same, with why others are none; of the `tables`, which have gradients, it is asked who reads them, too."""
+    left: dict[str, str] = {}
     parameters = dict(model.named_parameters())
     trace = Trace(parameters)
     with torch.enable_grad():
         outputs = floats(model, feed, trace)
-    probe = Probe(trace.calls, parameters)
+    probe = Probe(trace.calls, {**parameters, **tables})
     known = list(known_proposals(model, size))
     reads = {product: probe.reads(product) for product in outside(probe.consumers, known)}
     islands = list(islands_of([found for found in reads.values() if found is not None], probe.in_blocks, size))
@@ -104,7 +142,7 @@ def _proposals(
     at_end = probe.reached(outputs)
     elsewhere = at_end | _read_by_others(probe, reads, split)
     proposals = known
-    for island in islands:
+    for island in (replace(one, shared=tuple(name for name in one.shared if name not in tables)) for one in islands):
         try:
             proposals.append(propose(model, island, size, elsewhere))
         except NotPossible as why:
@@ -113,7 +151,8 @@ def _proposals(
                     left.setdefault(wildcard(name), str(why))
     inner = {product for other in probe.consumers for product in probe.reached(probe.inputs_of(other))}
     inner |= {product for proposal in proposals for product in proposal.products}
-    return proposals, end_rules(whole, dict.fromkeys(call.product for call in trace.calls), at_end - inner, size)
+    ends = end_rules(whole, dict.fromkeys(call.product for call in trace.calls), at_end - inner, size)
+    return (proposals, ends), left
 
 
 def _read_by_others(probe: Probe, reads: Mapping[Product, Reads | None], split: set[Product]) -> set[Product]:

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from shardwise.infer.products import Product
 from shardwise.infer.sampled import DENSE, Ask, Reads, read_blocks, read_sampled
@@ -24,10 +24,10 @@ class Probe:
 
     Args:
         calls: the products, as they were called.
-        parameters: all of the model, by name.
+        parameters: all of the model, by name, and further tensors that code may read.
     """
 
-    def __init__(self, calls: Sequence[Call], parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, calls: Sequence[Call], parameters: Mapping[str, Tensor]) -> None:
         self._calls = list(calls)
         self._shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
         used = {call.product.weight for call in calls}

@@ -34,7 +34,8 @@ def target(model: nn.Module, product: Product) -> tuple[str, bool]:
 
 def style_along(model: nn.Module, name: str, dim: int) -> str:
     """The style that cuts dim `dim` of a parameter that a rule names itself."""
-    dims = model.get_parameter(name).dim()
+    owner, _, child = name.rpartition(".")
+    dims = getattr(model.get_submodule(owner), child).dim()
     if dims == 1 or dim == dims - 2:
         return "colwise"
     if dim == dims - 1:
