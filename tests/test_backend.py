@@ -110,3 +110,14 @@ def test_variables_that_are_wrong(changes, said, unstarted):
     first, _ = unstarted.run(_started_as, changes, 0.5)
     assert said in first
     assert "torchrun" in first
+
+
+@pytest.mark.parametrize(("name", "other"), [("WORLD_SIZE", "RANK"), ("RANK", "WORLD_SIZE")])
+def test_half_of_a_launcher(name, other, monkeypatch):
+    """Guards: two processes that each load the whole model, as RANK was not handed on to them."""
+    monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, "2")
+    with pytest.raises(MeshError, match=f"{name}=2 is set, and {other} is not"):
+        mesh.tp_mesh()
+    monkeypatch.setenv(name, {"WORLD_SIZE": "1", "RANK": "0"}[name])
+    assert mesh.tp_mesh() is None

@@ -19,7 +19,7 @@ from adapted import EVERYTHING, LINEARS, adapter, logits_of, lora, plain
 from figures import gradient_error, gradients
 from models import batches, checkpoint
 from on_ranks import load, world
-from shardwise.errors import MissingRankError, ShardwiseError
+from shardwise.errors import MismatchError, MissingRankError, ShardwiseError
 from shardwise.rendezvous import meet
 
 pytestmark = pytest.mark.filterwarnings(
@@ -68,6 +68,37 @@ def test_saved_adapter_is_the_ordinary_one(name, changes, pool2, tmp_path_factor
         return
     shapes = {key: tensor.shape for key, tensor in load_file(out / "fresh/adapter_model.safetensors").items()}
     assert shapes == {key: tensor.shape for key, tensor in wanted.items() if "q_proj" in key or "o_proj" in key}
+
+
+def load_both(folder: Path) -> Tensor:
+    """On a rank: the model that an adapter is for, and the adapter, by the adapter's directory; and what a full disk says."""
+    model = shardwise.AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto", dtype=torch.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 0:
+            patch.setattr("safetensors.torch.save_file", full_disk)
+        with pytest.raises(OSError if dist.get_rank() == 0 else MismatchError, match=r"No space|failed on rank 0"):
+            model.save_pretrained(folder / "again")
+    with torch.no_grad():
+        return model(batches()[0].input_ids).logits
+
+
+def full_disk(*arguments: object, **options: object) -> None:
+    """In place of what writes."""
+    raise OSError("No space left on device")
+
+
+def test_an_adapter_brings_its_model(pool2, tmp_path_factory):
+    """Guards: a directory with an adapter that is no model, where transformers loads both; a rank that waits for one whose
+    disk is full.
+    """
+    path = checkpoint(tmp_path_factory, "llama")
+    folder = adapter(path, tmp_path_factory.mktemp("adapter"), target_modules=EVERYTHING)
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(batches()[0].input_ids).logits
+        bare = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(batches()[0].input_ids).logits
+    assert (expected - bare).abs().max() > 1e-3
+    for logits in pool2.run(load_both, folder, timeout=60.0):
+        assert (logits - expected).abs().max() < 1e-5
 
 
 def save_on_one_rank(path: Path, folder: Path) -> str:

@@ -21,7 +21,15 @@ from shardwise.api import PlanLike, asked_ep_size, model_state, parallelize, pro
 from shardwise.checkpoint import dequantized, find_checkpoint, fingerprint, open_checkpoint
 from shardwise.errors import PlanError, ShardwiseError, describe
 from shardwise.generation import same_random_state
-from shardwise.hf import attach_generation_config, load_lazily, quantization, resolve_model_class, without_quantization
+from shardwise.hf import (
+    adapter_and_base,
+    attach_generation_config,
+    load_adapter,
+    load_lazily,
+    quantization,
+    resolve_model_class,
+    without_quantization,
+)
 from shardwise.layers import original_class
 from shardwise.lazy import LazyTensor, read, read_into
 from shardwise.mesh import expert_axis, local_device, tp_mesh
@@ -67,7 +75,8 @@ def from_pretrained(
 
     Args:
         auto_class: a transformers Auto class, or a concrete model class.
-        path_or_id: a directory with safetensors files, or a hub id.
+        path_or_id: a directory with safetensors files, or a hub id; or one of an adapter of PEFT's, which is put into the model
+            that its config names.
         tp_plan: `"auto"`, `"infer"`, a dict of pattern: style merged over the model's own plan, a `Plan`, or the path of a file
             that one was saved to. Without it, and without `tp_size` and `device_mesh`, the call is transformers' own.
         tp_size: ranks on the tp axis, by default all processes.
@@ -109,6 +118,8 @@ def from_pretrained(
     with torch.inference_mode(False):  # parameters made in inference mode could never be trained
         model = together(ep, "from_pretrained", request.load)
     request.check_agreement(model)
+    if request.adapter is not None:
+        load_adapter(model, request.adapter, request.adapter_name, **request.adapter_kwargs)
     same_random_state(axis)
     return (model, request.loading_info) if request.wants_info else model  # type: ignore[return-value]
 
@@ -183,10 +194,15 @@ class _Request:
         self.generation_config = take("generation_config", None)
         self.wants_info = take("output_loading_info", False)
         self.loading_info: dict[str, Any] = {}
+        self.adapter: str | None = None
+        self.adapter_name, self.adapter_kwargs = take("adapter_name", None), dict(take("adapter_kwargs", None) or {})
+        if "token" in self.hub:
+            self.adapter_kwargs.setdefault("token", self.hub["token"])
         self.fingerprint = ""
 
     def load(self) -> PreTrainedModel:
         """The model with this rank's shards. No collective: a rank that fails is heard in `together`."""
+        self.adapter, self.path = adapter_and_base(self.path, **self.adapter_kwargs)
         given, rest = self._config()
         model_class, config = resolve_model_class(
             self.auto_class, given, path_or_id=self.path, trust_remote_code=self.trust, **self.hub
@@ -220,7 +236,11 @@ class _Request:
 
     def check_agreement(self, model: nn.Module) -> None:
         """Raise `MismatchError`, on every rank, when the ranks loaded different things. Collective."""
-        facts = {**same_everywhere(model, required_state(model)), "the checkpoint": self.fingerprint}
+        facts = {
+            **same_everywhere(model, required_state(model)),
+            "the checkpoint": self.fingerprint,
+            "the adapter": bool(self.adapter),
+        }
         check_same(self.ep, "from_pretrained", facts, here=f"{type(model).__name__} from {self.path}")
 
     def _config(self) -> tuple[PreTrainedConfig, dict[str, Any]]:

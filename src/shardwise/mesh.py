@@ -54,6 +54,7 @@ def tp_mesh(tp_size: int | None = None, device_mesh: DeviceMesh | None = None, e
         return _given_axis(device_mesh, tp_size)
     if not dist.is_initialized():
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+            _check_variables()
             _check_single_process("tp_size", tp_size)
             _check_single_process("ep_size", ep_size)
             return None
@@ -161,6 +162,20 @@ def _settle_at_exit() -> None:
     active exception" (torch 2.13: 21 of 32 runs of a script that ends right behind an all-reduce; with the pause, 0 of 24).
     """
     atexit.register(time.sleep, 0.1)
+
+
+def _check_variables() -> None:
+    """Raise `MeshError` where only one of the launcher's variables is set: each process would load the whole model."""
+    missing = "RANK" if "RANK" not in os.environ else "WORLD_SIZE"
+    size, rank = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK", "0")
+    if (size, rank) != ("1", "0"):
+        name, value = ("WORLD_SIZE", size) if missing == "RANK" else ("RANK", rank)
+        raise MeshError(
+            describe(
+                f"{name}={value} is set, and {missing} is not: is this one of several processes, or the only one?",
+                either=[f"start with torchrun, which sets both, or set {missing}, or", f"take {name} out of the environment"],
+            )
+        )
 
 
 def _check_single_process(name: str, size: int | None) -> None:

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 _Made = TypeVar("_Made")
 
 
-def together(mesh: DeviceMesh, what: str, make: Callable[[], _Made]) -> _Made:
-    """Call `make`, which makes no collective calls, on every rank, and return what it gives there. Collective.
+def together(mesh: DeviceMesh | None, what: str, make: Callable[[], _Made]) -> _Made:
+    """Call `make`, which makes no collective calls, on every rank (of all, without a `mesh`), and return what it gives there.
+    Collective.
 
     Where it raises on some rank, it raises on all, so that none waits for another that is gone: the rank's own exception there,
     `MismatchError` elsewhere, naming the rank and `what` failed.
@@ -32,9 +33,12 @@ def together(mesh: DeviceMesh, what: str, make: Callable[[], _Made]) -> _Made:
         made.append(make())
     except Exception as error:
         failure = error
-    failed = torch.zeros(mesh.size(), dtype=torch.int64, device=local_device(mesh))
-    failed[mesh.get_local_rank()] = int(failure is not None)
-    dist.all_reduce(failed, group=mesh.get_group())
+    size, rank, group = dist.get_world_size(), dist.get_rank(), None
+    if mesh is not None:
+        size, rank, group = mesh.size(), mesh.get_local_rank(), mesh.get_group()
+    failed = torch.zeros(size, dtype=torch.int64, device=local_device(mesh))
+    failed[rank] = int(failure is not None)
+    dist.all_reduce(failed, group=group)
     if failure is not None:
         raise failure
     if failed.any():

@@ -15,7 +15,7 @@
 | `specimen`, `feeds` | a model to try plans out on, and what to call it with |
 """
 
-from shardwise.hf.adapters import AdaptersSeen, load_adapter, save_adapter
+from shardwise.hf.adapters import AdaptersSeen, adapter_and_base, load_adapter, save_adapter
 from shardwise.hf.attentions import attentions_are_asked_for, gather_attentions
 from shardwise.hf.auto import attach_generation_config, quantization, resolve_model_class, without_quantization
 from shardwise.hf.configs import config_text
@@ -43,6 +43,7 @@ __all__ = [
     "LARGE_WEIGHT",
     "AdaptersSeen",
     "Feed",
+    "adapter_and_base",
     "attach_generation_config",
     "attentions_are_asked_for",
     "base_model",

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import find_adapter_config_file, is_peft_available
 
-from shardwise.errors import ShardwiseError, describe
+from shardwise.errors import CheckpointError, ShardwiseError, describe
+from shardwise.replicas import together
 
 
 class AdaptersSeen:
@@ -130,9 +134,34 @@ def save_adapter(model: PreTrainedModel, directory: str | os.PathLike[str], *arg
     if len(names) != 1:
         raise ShardwiseError(f"save_pretrained: the active adapters are {names}; model.set_adapter(name) of one of them first.")
     tensors = get_peft_model_state_dict(model, adapter_name=names[0])
-    if torch.distributed.get_rank() == 0:
-        os.makedirs(directory, exist_ok=True)
-        named = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(named, os.path.join(directory, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
-        model.peft_config[names[0]].save_pretrained(os.fspath(directory))
-    torch.distributed.barrier()
+
+    def write() -> None:
+        if torch.distributed.get_rank() == 0:
+            os.makedirs(directory, exist_ok=True)
+            named = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in tensors.items()}
+            save_file(named, os.path.join(directory, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
+            model.peft_config[names[0]].save_pretrained(os.fspath(directory))
+
+    together(None, "save_pretrained", write)
+
+
+def adapter_and_base(path: str, **hub_kwargs: Any) -> tuple[str | None, str]:
+    """Where an adapter lies, and the model that it was made for, as its config says; of a directory or hub id without one,
+    None and `path`. Without PEFT nothing is an adapter, as in transformers.
+    """
+    config = find_adapter_config_file(path, **hub_kwargs) if is_peft_available() else None
+    if config is None:
+        return None, path
+    try:
+        base = json.loads(Path(config).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            describe(
+                f"{path}: its adapter_config.json does not say which model the adapter is for.",
+                found=repr(error),
+                either=["load that model, and model.load_adapter(path), or", "save the adapter again"],
+            )
+        ) from error
+    if not isinstance(base, str):
+        raise CheckpointError(f"{path}: its adapter_config.json says {base!r} for base_model_name_or_path.")
+    return path, base
