@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 import shardwise
 from llamas import TINY
 from shardwise.errors import ShardwiseError
+from shardwise.model_state import required_state
 
 MODELS: dict[str, dict[str, object]] = {"llama": {}, "phi3": {}, "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2}}
 IDS = torch.arange(3, 27).view(2, 12)
@@ -185,6 +186,20 @@ def test_dtypes(stored, dtype, checkpoints, pool2):
         assert dtypes == {wanted}
         tolerance = 2e-2 if wanted == torch.bfloat16 else 1e-5
         assert (logits - expected).abs().max() < tolerance
+
+
+def _by_a_plan(path: str, dtype: torch.dtype) -> set[torch.dtype]:
+    table = shardwise.plan(AutoConfig.from_pretrained(path), 2)
+    model = shardwise.AutoModelForCausalLM.from_pretrained(path, tp_plan=table, dtype=dtype)
+    plan = required_state(model).plan
+    return {model.dtype, *(p.dtype for p in model.parameters()), *(row.dtype for row in plan if not row.buffer)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stored", ["llama", "bfloat16"])
+def test_dtype_beside_a_plan(stored, dtype, checkpoints, pool2):
+    """Guards: a plan that was made of a config, whose dtype goes before the one that was asked for: twice the memory."""
+    assert pool2.run(_by_a_plan, str(checkpoints[stored]), dtype) == [{dtype}] * 2
 
 
 def test_base_model_from_a_whole_checkpoint(checkpoints, pool2):

@@ -73,7 +73,7 @@ def make_plan(
         found = read(plan)  # type: ignore[arg-type]
         plan = found.resolved(model) if isinstance(found, Written) else found
     if isinstance(plan, Plan):
-        return _given(plan, tp_size, ep_size)
+        return _in_dtypes_of(model, _given(plan, tp_size, ep_size))
     if isinstance(plan, str) and plan == "infer":
         if ep_size is not None:
             raise PlanError('tp_plan="infer" splits every expert: leave ep_size out.')
@@ -236,6 +236,14 @@ def _given(plan: Plan, tp_size: int, ep_size: int | None) -> Plan:
     if ep_size not in (None, plan.ep_size):
         raise PlanError(f"The plan deals experts to {plan.ep_size} ranks, and ep_size={ep_size} was asked for: leave it out.")
     return plan
+
+
+def _in_dtypes_of(model: nn.Module, plan: Plan) -> Plan:
+    """`plan`, which may have been made of a model in other dtypes."""
+    dtypes = {name: tensor.dtype for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    if all(dtypes.get(row.name, row.dtype) == row.dtype for row in plan.tensors):
+        return plan
+    return replace(plan, tensors=tuple(replace(row, dtype=dtypes.get(row.name, row.dtype)) for row in plan.tensors))
 
 
 def asked_ep_size(plan: PlanLike | None, ep_size: object) -> int | None:

@@ -15,10 +15,12 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from shardwise import loading
+from shardwise.api import make_plan
 from shardwise.errors import ShardwiseError, describe
-from shardwise.hf import class_of, is_rate, quantization, without_dropout
+from shardwise.hf import build_on_meta, class_of, is_rate, quantization, without_dropout
 from shardwise.layers.registry import register_style
 from shardwise.mesh import local_device
+from shardwise.plan_file import is_plan_file
 from shardwise.verify.settings import Settings
 
 Feed = Mapping[str, Tensor]
@@ -58,8 +60,13 @@ def load_whole(settings: Settings, path: str, dtype: torch.dtype) -> PreTrainedM
 
 def load_sharded(settings: Settings, path: str, dtype: torch.dtype, **changed: Any) -> PreTrainedModel:
     """This rank's part of it. Collective."""
-    config = _config(path)
-    model = loading.from_pretrained(class_of(config), path, config=config, dtype=dtype, **{**settings.loading(), **changed})
+    config, options = _config(path), {**settings.loading(), **changed}
+    rules, ep = options["tp_plan"], options["ep_size"]
+    if isinstance(rules, Mapping) or is_plan_file(
+        rules
+    ):  # which would be refused where they are wrong, and what is wrong is to be found here
+        options["tp_plan"] = make_plan(build_on_meta(config), settings.tp, rules, ep_size=ep)
+    model = loading.from_pretrained(class_of(config), path, config=config, dtype=dtype, **options)
     return _without_dropout(model).train()
 
 
