@@ -130,6 +130,24 @@ def test_padding_row_on_another_rank(threads):
     assert second == (0.0, 1)
 
 
+def _of_nobody(model: nn.Module, strange: int) -> str:
+    model = shardwise.parallelize(copy.deepcopy(model), tp_axis(), plan={"0": "embedding_rowwise"})
+    with pytest.raises(IndexError) as caught:
+        model(torch.tensor([[1, 9, strange]]))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("strange", [10, 12, 99, -1])
+def test_ids_that_no_rank_holds(strange, threads):
+    """Guards: an id beyond the vocabulary that becomes a row of zeros without a word; a rank that raises alone, and the others
+    wait. (Plain torch raises this.)
+    """
+    model = one(nn.Embedding(10, 4))
+    with pytest.raises(IndexError) as caught:
+        model(torch.tensor([[1, 9, strange]]))
+    assert threads(_of_nobody, 3, model, strange) == [str(caught.value)] * 3
+
+
 @pytest.mark.parametrize("options", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}])
 def test_embeddings_that_need_all_rows_are_refused(options):
     """Guards: a norm or a frequency taken of the ids of one rank, in silence."""

@@ -143,11 +143,11 @@ class ShardState:
 
     def own(self, ids: Tensor, name: str) -> tuple[Tensor, Tensor]:
         """`ids` along the cut dim of parameter `name`, counted from where this rank's part starts; and which of them other
-        ranks hold. Shapes: as `ids`, the second bool.
+        ranks hold: what no rank holds is out of range on each, as in one process. Shapes: as `ids`, the second bool.
         """
         sizes, rank = self.sizes[name], self.mesh.get_local_rank()
         local = ids - sum(sizes[:rank])
-        return local, (local < 0) | (local >= sizes[rank])
+        return local, ((local < 0) | (local >= sizes[rank])) & (ids >= 0) & (ids < sum(sizes))
 
     def leave(self) -> None:
         """The end of a parallel region, in front of the row-wise product."""
