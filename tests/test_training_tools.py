@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
@@ -15,6 +16,7 @@ import shardwise
 from figures import gradient_error, gradients
 from models import batches, build, checkpoint
 from on_ranks import load, logits, plain_gradients, world
+from shardwise.errors import ShardwiseError
 
 
 def checkpointed(path: Path, use_reentrant: bool) -> None:
@@ -57,6 +59,26 @@ def test_distributed_data_parallel(name, pool4, tmp_path_factory):
     for rank, found in pool4.run(data_parallel, checkpoint(tmp_path_factory, name)):
         assert (found is not None) == (rank in (0, 2))
         assert found is None or gradient_error(found, expected) < 1e-3
+
+
+def all_taken_for_replicas(path: Path) -> str:
+    """On a rank: what DDP over the ranks of one model says, and, of an adapter, that it is refused too."""
+    model = load(path)
+    wrapped = DistributedDataParallel(model)
+    with pytest.raises(ShardwiseError) as error:
+        batches()[0].loss(wrapped)
+    adapted = get_peft_model(load(path), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ShardwiseError):
+        batches()[0].loss(DistributedDataParallel(adapted))
+    return str(error.value)
+
+
+def test_ranks_of_one_model_are_no_replicas(pool2, tmp_path_factory):
+    """Guards: every rank left with the first one's shards, and their gradients averaged, as accelerate's Accelerator would have
+    it.
+    """
+    for said in pool2.run(all_taken_for_replicas, checkpoint(tmp_path_factory, "mistral")):
+        assert "made the parts on ranks 0, 1 all the first one's" in said
 
 
 def steps_of(path: Path, **options: bool) -> dict[str, Tensor] | None:

@@ -20,6 +20,7 @@ from shardwise.layers import ParallelStyle
 from shardwise.model_state import required_state
 from shardwise.parallelize import apply_adapters
 from shardwise.rendezvous import meet
+from shardwise.replicas import refuse_data_parallel
 from shardwise.saving import save_pretrained
 from shardwise.state import cut_full_tensors, gather_adapters
 
@@ -36,6 +37,8 @@ class ShardedModel(ParallelStyle):
 
         @wraps(own)  # transformers reads the signature
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if not torch.compiler.is_compiling():
+                refuse_data_parallel(self, self._tp.mesh)
             if not attentions_are_asked_for(self.config, kwargs):
                 return own(self, *args, **kwargs)
             as_tuple = kwargs.get("return_dict") is False

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from shardwise.collectives import gather_into
-from shardwise.errors import MismatchError, describe, ranks_in_words
+from shardwise.errors import MismatchError, ShardwiseError, describe, ranks_in_words
 from shardwise.mesh import local_device
 
 if TYPE_CHECKING:
@@ -130,3 +131,26 @@ def checksum(tensor: Tensor) -> int:
         whole = whole.view(torch.uint8)
     width = {1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(tensor.element_size(), torch.int64)
     return int(whole.view(width).sum(dtype=torch.int64)) if tensor.numel() else 0
+
+
+def refuse_data_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Raise `ShardwiseError` in the forward of a DDP that takes the ranks of `mesh`, which have a part of `model` each, for
+    replicas: it gave them the first one's part, and would average their gradients. accelerate wraps models so.
+    """
+    ddp = DistributedDataParallel._get_active_ddp_module()
+    if ddp is None:
+        return
+    shared = set(dist.get_process_group_ranks(ddp.process_group)) & set(mesh.mesh.flatten().tolist())
+    held = {id(parameter) for parameter in ddp._module_parameters}
+    if len(shared) > 1 and any(id(parameter) in held for parameter in model.parameters()):
+        raise ShardwiseError(
+            describe(
+                f"DistributedDataParallel has made the parts on {ranks_in_words(sorted(shared))} all the first one's.",
+                why=f"these are the ranks of one {type(model).__name__}, and no replicas",
+                note="the weights are lost: load the model again",
+                either=[
+                    "DistributedDataParallel(model, process_group=...) over the replicas (without any, leave it out), or",
+                    "shardwise.Trainer, in place of accelerate's Accelerator.prepare(model)",
+                ],
+            )
+        )
