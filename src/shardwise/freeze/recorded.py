@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedConfig
 
@@ -84,6 +84,7 @@ class _Record:
     other: PreTrainedConfig
     found: list[Own]
     variant: Variant
+    held: list[Own] = field(default_factory=list)
 
     def try_numbers(self) -> None:
         """Try every number of the config: rules that hold by accident are made anew. Raises `NotFrozen` where nothing says
@@ -101,7 +102,7 @@ class _Record:
             near = self._unlike(change(self.config))
             if near is not None and not (what == "heads" and self._has_fewer_heads(near)):
                 try:
-                    self._take(near)
+                    self._take(near, *self._also(change))
                 except NotFrozen:
                     apart[what, self._value(what, near)] = self._with_option(change, near)
         names = {what for what, _ in apart}
@@ -134,19 +135,39 @@ class _Record:
         try:
             near = _own(config)
             if difference(self.variant, near) is None:
+                self.held.append(near)
                 return None
-            prove(near.plan, near.model)
         except Exception:  # whatever a model's code says to numbers that it is not made for
             return None
-        return near
+        return near if _is_right(near) else None
 
     def _has_fewer_heads(self, near: Own) -> bool:
         """Whether neighbouring ranks share more of `near`'s KV heads: they are cut in another way then."""
         return _shared(near) > _shared(self.found[0])
 
-    def _take(self, near: Own) -> None:
-        """Make the rules anew, so that they hold for `near` too. Raises `NotFrozen`."""
-        self.variant, self.found = _variant([*self.found, near]), [*self.found, near]
+    def _also(self, change: Change) -> list[Own]:
+        """The same option in the model of other sizes."""
+        try:
+            return [_own(change(self.other))]
+        except Exception as error:  # whatever a model's code says to options that exclude each other
+            raise NotFrozen("no other sizes have this option") from error
+
+    def _take(self, *near: Own) -> None:
+        """Make the rules anew, so that they hold for `near` too, and for all that they held for. Raises `NotFrozen`."""
+        variant, found = _variant([*self.found, *near]), [*self.found, *near]
+        for one in self.held:
+            if difference(variant, one) is not None and _is_right(one):
+                return self._take(*near, one)
+        self.variant, self.found = variant, found
+        return None
+
+
+def _is_right(found: Own) -> bool:
+    try:
+        prove(found.plan, found.model)
+    except Exception:  # whatever a model's code says to numbers that it is not made for
+        return False
+    return True
 
 
 def _options(found: Own, names: Collection[str]) -> dict[str, str]:
