@@ -34,7 +34,7 @@ def freeze(
         raise typer.BadParameter("name a type, such as bert; or --check")
     done = [_check(name, console) if check else _freeze(name, folder, console) for name in types or tiny.types()]
     if check:
-        console.print(f"{done.count(True)} types are cut as their files say, {done.count(False)} are not.")
+        console.print(f"{done.count(True)} of {len(done) - done.count(None)} types are cut as their files say.")
     raise typer.Exit(False in done)
 
 
