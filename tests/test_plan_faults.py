@@ -19,11 +19,11 @@ from shardwise.layers import is_parallel
 
 MLP, ATTENTION = "model.layers.0.mlp", "model.layers.0.self_attn"
 WRONG: dict[str, tuple[dict[str, str], str]] = {
-    "half of a gated pair": ({"layers.*.mlp.gate_proj": "replicate"}, f"in {MLP}, .*48.*24"),
-    "whole behind cut": ({"layers.*.mlp.down_proj": "replicate"}, f"in {MLP}.down_proj, .*24.*48"),
-    "colwise behind colwise": ({"layers.*.self_attn.o_proj": "colwise"}, f"in {ATTENTION}.o_proj, "),
-    "rowwise of a whole input": ({"layers.*.self_attn.q_proj": "rowwise"}, f"in {ATTENTION}.q_proj, "),
-    "a weight whole, its module cut": ({"layers.*.self_attn.q_proj.weight": "replicate"}, f"in {ATTENTION}.o_proj, "),
+    "half of a gated pair": ({"layers.*.mlp.gate_proj": "replicate"}, f"48.*24.*, in {MLP}\\."),
+    "whole behind cut": ({"layers.*.mlp.down_proj": "replicate"}, f"24.*48.*, in {MLP}.down_proj\\."),
+    "colwise behind colwise": ({"layers.*.self_attn.o_proj": "colwise"}, f", in {ATTENTION}.o_proj\\."),
+    "rowwise of a whole input": ({"layers.*.self_attn.q_proj": "rowwise"}, f", in {ATTENTION}.q_proj\\."),
+    "a weight whole, its module cut": ({"layers.*.self_attn.q_proj.weight": "replicate"}, f", in {ATTENTION}.o_proj\\."),
     "packed where nothing is": ({"layers.*.mlp.up_proj": "packed_colwise"}, rf"off by .* behind {MLP}.down_proj"),
     "summed where all is whole": ({"norm": "all_reduce"}, "off by .* behind model.norm"),
     "only gradients wrong": ({"layers.*.mlp": "replicate", "layers.0.mlp.up_proj": "colwise"}, "gradient of model.layers.0"),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
@@ -46,10 +47,11 @@ class Numbers:
 
 
 def numbers(name: str, plan: Mapping[str, str] | None, options: Mapping[str, object], ep_size: int | None = None) -> Numbers:
-    """Of the tiny model, in this process, or with a plan ({}: the automatic one) on all ranks."""
+    """Of the tiny model, in this process, or with a plan ({}: the automatic one) on all ranks, be it wrong."""
     model = build(name, **options).train()
     if plan is not None:
-        shardwise.parallelize(model, plan=plan, ep_size=ep_size)
+        table = shardwise.plan(model, dist.get_world_size(), plan, ep_size=ep_size)
+        shardwise.parallelize(model, plan=table, ep_size=ep_size)
     ids, seen = torch.randint(3, 127, (2, 12), generator=torch.Generator().manual_seed(1)), []
     for batch in (ids, ids.flip(1)):
         torch.manual_seed(0)  # for a router that draws
