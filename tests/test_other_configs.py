@@ -33,8 +33,8 @@ def proven(problem_of: Callable[[str], str], name: str) -> None:
 
 @pytest.mark.parametrize("name", TYPES)
 def test_right_at_other_sizes(name):
-    """Guards: a plan that is right for four heads, one width or an even vocabulary alone: other query heads, one KV head or
-    several, on 4 ranks.
+    """Guards: a plan that is right for four heads, one width or an even vocabulary alone: other query heads, one KV head that 4
+    ranks share, or four on 3 ranks; heads of which the config says another number than a layer has.
     """
     proven(problem_of_sizes, name)
 
@@ -52,7 +52,7 @@ def test_heads_need_not_divide(name, heads, size):
 
 
 def heads_of_one_size(rule: Rule) -> Rule:
-    """GPT-J's heads on each of 4 ranks, of a model that has 4."""
+    """GPT-J's heads on each of 3 ranks, of a model that has 4."""
     return replace(rule, attributes={"num_attention_heads": (1, 1, 1, 1)}) if rule.attributes else rule
 
 
@@ -69,7 +69,7 @@ def summed_by_nobody(rule: Rule) -> Rule:
 @pytest.mark.parametrize(
     ("name", "change", "problem_of", "said"),
     [
-        ("gptj", heads_of_one_size, problem_of_sizes, r"^tp=4: RuntimeError: shape .* in transformer.h.0.attn"),
+        ("gptj", heads_of_one_size, problem_of_sizes, r"^tp=3: RuntimeError: shape .* in transformer.h.0.attn"),
         ("gpt_bigcode", one_after_the_other, problem_of_flags, r"^tp=2: outputs on rank 0 are off by .* transformer.h.0.attn"),
         (
             "qwen3",

@@ -106,8 +106,8 @@ def reads_other_keys(module: nn.Module) -> bool:
 
 
 def _first_int(module: nn.Module, config: object, *names: str) -> int | None:
-    for name in names:
-        for holder in (module, config):
+    for holder in (module, config):  # of layers that differ, the config may say another number than the module
+        for name in names:
             value = _read(holder, name)
             if isinstance(value, int) and value > 0:
                 return value

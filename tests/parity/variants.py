@@ -43,6 +43,8 @@ KEPT: dict[str, tuple[str, ...]] = {
     "xlm": ("is_encoder", "asm"),  # which its code refuses
 }
 """Flags of which the plain model runs one way round alone."""
+EVEN_ALONE = ("dbrx",)
+"""Types of two KV heads at other sizes, which 3 ranks can't share."""
 HOW_IT_RUNS = (
     *("use_cache", "torchscript", "gradient_checkpointing", "remove_invalid_values", "tie_encoder_decoder"),
     *("is_encoder_decoder", "cross_attention_hidden_size"),
@@ -80,14 +82,16 @@ def flipped(name: str) -> PreTrainedConfig:
 
 
 def problem_of_sizes(name: str) -> str:
-    """What is wrong with the automatic plan of other sizes on 4 ranks; "" of one that is right.
+    """What is wrong with the automatic plan of other sizes, on 4 ranks that share a KV head, or on 3 with uneven parts; "" of
+    one that is right.
 
     Raises what the plain model says to the last sizes if it runs with none.
     """
     said: Exception | None = None
     for config in resized(name):
+        shared = getattr(config.get_text_config(), "num_key_value_heads", None) == 1
         try:
-            return problem(config, 4)
+            return problem(config, 4 if shared or name in EVEN_ALONE else 3)
         except (PlanError, Inferred):
             raise
         except Exception as error:  # whatever a model's code says to sizes that it is not made for
