@@ -19,10 +19,11 @@ Does a model on several ranks compute what one process computes? And if not, whe
 
 {sound}
 First the plan is proven, before any rank starts and any weight is read: all ranks are simulated in this process, forward and
-backward, with the layers and collectives that will run. An *island* is what is cut by itself, from the layers that leave parts of
-activations to those that put them together; *gradients* is the largest error of one in it. Of a wrong plan it says which islands
-are wrong, with the module, the parameter, the figure, and the way out. Of a large model one layer of each kind is tried, without
-its large weights. It takes seconds. Where ranks differ later, it says whether that is the plan, or what ranks alone do.
+backward, with the layers and collectives that will run. An *island* is what is cut by itself, from the layers that leave
+parts of activations to those that put them together; *gradients* is the largest error of one in it. Of a wrong plan it says
+which islands are wrong, with the module, the parameter, the figure, and the way out. Of a large model one layer of each kind
+is tried, without its large weights. It takes seconds. Where ranks differ later, it says whether that is the plan, or what
+ranks alone do.
 
 Then one process of its own runs, and the ranks, on the same weights and inputs, without dropout. Compared are
 
@@ -37,8 +38,8 @@ Then one process of its own runs, and the ranks, on the same weights and inputs,
 `MODEL` is a directory, a hub id, or with `--random` a model type (tiny, with random weights). `--layers 2` cuts a huge model
 down, `--ep 2` deals experts, `--compile` trains through `torch.compile`, `--plan rules.json` merges rules of yours over the
 model's plan, as `tp_plan={{...}}` does, `--import styles.py` registers styles of yours on the ranks. `--html` and `--json`
-write the report to files. The exit code is 0 only when everything holds, the proof included. Under torchrun its processes are the
-ranks: `torchrun --nproc-per-node 2 -m shardwise.cli verify MODEL`.
+write the report to files. The exit code is 0 only when everything holds, the proof included. Under torchrun its processes are
+the ranks: `torchrun --nproc-per-node 2 -m shardwise.cli verify MODEL`.
 
 In Python it is a call, from a plain process or under torchrun:
 

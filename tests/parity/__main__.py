@@ -1,4 +1,6 @@
-"""`make parity`: every type on 2 and on 4 ranks; prints the tables and writes `docs/architectures.md`."""
+"""`make parity`: every type on 2 and on 4 ranks; prints the tables and writes `docs/architectures.md`. Then the proof of its plan at
+other sizes and with other flags, in this process.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +22,7 @@ from parity.others_table import render_others, rows_of
 from parity.suite import Suite
 from parity.table import RANK_COUNTS, Result, Results, cells, render, renewed, show, with_rows
 from parity.types import every, planned
+from parity.variants import Inferred, problem_of_flags, problem_of_sizes
 from parity.wrapper_table import TITLE, render_wrappers, size_of, wrapper_cells
 from shardwise.errors import PlanError
 from shardwise.testing import RankPool
@@ -61,7 +64,8 @@ def main(names: list[str]) -> int:
     console.print(f"{time.monotonic() - started:.0f} seconds")
     _write(asked, plain, wrapped, alone)
     everything = [one for found in results for result in found.values() for one in result.values()]
-    return 0 if all(one.exact or one.open or not one.possible for one in everything) else 1
+    all_exact = all(one.exact or one.open or not one.possible for one in everything)
+    return 0 if _all_proven(chosen[0], console) and all_exact else 1
 
 
 def _write(asked: list[str], plain: Results, wrapped: Results, rest: Mapping[str, Result]) -> None:
@@ -74,6 +78,26 @@ def _write(asked: list[str], plain: Results, wrapped: Results, rest: Mapping[str
     second = render_wrappers(wrapped) if "wrappers" in asked else heading + with_rows(second, rows)
     last = render_others(rest) if "others" in asked else f"\n## {OTHERS_TITLE}\n{with_rows(last, rows_of(rest))}"
     DOCUMENT.write_text(first + second + last)
+
+
+def _all_proven(names: list[str], console: Console) -> bool:
+    """Whether no plan is wrong at other sizes, or with other flags; says which are, and how many were proven."""
+    checks, proven, wrong = {"other sizes": problem_of_sizes, "other flags": problem_of_flags}, 0, 0
+    for name in track([name for name in names if (name, RANK_COUNTS[0]) not in UNSOLVED], "proofs", console=console):
+        for what, problem_of in checks.items():
+            try:
+                problem = problem_of(name)
+            except Inferred:  # and proven there
+                continue
+            except Exception as error:
+                problem = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            proven, wrong = proven + (not problem), wrong + bool(problem)
+            if problem:
+                console.print(f"{name}, {what}: {problem}", style="red", markup=False)
+    console.print(
+        f"{proven} of {proven + wrong} plans are proven at other sizes, or with other flags; the rest is inferred there"
+    )
+    return not wrong
 
 
 def _result(suite: Suite, name: str, pool: RankPool) -> Result:
