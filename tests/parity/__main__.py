@@ -1,5 +1,6 @@
-"""`make parity`: every type on 2 and on 4 ranks; prints the tables and writes `docs/architectures.md`. Then the proof of its plan at
-other sizes and with other flags, in this process.
+"""`make parity`: every type on 2 and on 4 ranks; prints the tables and writes `docs/architectures.md`.
+
+Then the proofs of the plans at other sizes and with other flags, in this process.
 """
 
 from __future__ import annotations
