@@ -20,6 +20,7 @@ from shardwise.infer.given import Given, Replay, UnlikeOneProcess
 from shardwise.infer.products import tensors
 from shardwise.infer.proof import Proof
 from shardwise.infer.subject import Subject
+from shardwise.infer.values import states
 from shardwise.model_state import ModelState
 from shardwise.parallelize import apply_plan
 from shardwise.plan import Plan
@@ -79,7 +80,7 @@ def _run(reference: Reference, plan: Plan) -> Proof:
 
     # No rank needs a copy of what it takes its shards from.
     shared = {id(tensor): tensor for tensor in (*reference.model.parameters(), *reference.model.buffers())}
-    shared |= {id(state): state.detach() for state in _states(reference.model)}
+    shared |= {id(state): state.detach() for state in states(reference.model)}
     try:
         ranks = run_threads(on_rank, plan.size, timeout=TIMEOUT)
         return compare(reference.run, plan, ranks)
@@ -91,12 +92,6 @@ def _run(reference: Reference, plan: Plan) -> Proof:
         said = (str(cause).splitlines() or [""])[0]
         said = said if isinstance(cause, UnlikeOneProcess) else f"{type(cause).__name__}: {said}"
         return Proof.failed(plan.size, f"{said}, in {place}" if place else said, place)
-
-
-def _states(model: nn.Module) -> Iterator[Tensor]:
-    """What recurrent modules keep of the pass before as their attributes, with its gradient, which can't be copied."""
-    for module in model.modules():
-        yield from (value for value in vars(module).values() if isinstance(value, Tensor) and not value.is_leaf)
 
 
 def _measure(model: nn.Module, feeds: Sequence[Feed], products: Callable[[int], Given | Replay], run: Run) -> Run:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
@@ -27,7 +27,8 @@ def randomise(model: _Model) -> _Model:
     """
     large = elements(model) > LARGE
     without = [p for p in model.parameters() if large and p.is_floating_point() and p.dim() > 1 and p.numel() >= LARGE_WEIGHT]
-    memo = {id(p): nn.Parameter(torch.empty(p.shape, device="meta"), requires_grad=False) for p in without}
+    memo: dict[int, Tensor] = {id(state): state.detach() for state in states(model)}
+    memo |= {id(p): nn.Parameter(torch.empty(p.shape, device="meta"), requires_grad=False) for p in without}
     made: _Model = copy.deepcopy(model, dict(memo))._apply(_converted).eval()  # type: ignore[no-untyped-call]
     generator = torch.Generator().manual_seed(0)
     for parameter in made.parameters():
@@ -37,6 +38,14 @@ def randomise(model: _Model) -> _Model:
                 parameter.copy_(parameter.nan_to_num(0).clamp(-3, 3) + noise)
         parameter.requires_grad_(parameter.is_floating_point() and not parameter.is_meta)
     return made
+
+
+def states(model: nn.Module) -> Iterator[Tensor]:
+    """What modules keep of the pass before as their attributes, with its gradient, which can't be copied: recurrent states, and
+    weights that a hook makes anew.
+    """
+    for module in model.modules():
+        yield from (value for value in vars(module).values() if isinstance(value, Tensor) and not value.is_leaf)
 
 
 def _converted(tensor: Tensor) -> Tensor:
