@@ -57,7 +57,7 @@ def check_same(mesh: DeviceMesh, what: str, facts: Mapping[str, object], **said:
         facts: what must be the same, by how messages name it; the same names on every rank.
         said: further lines of the message.
     """
-    numbers = torch.tensor([digest(fact) for fact in facts.values()])
+    numbers = torch.tensor([digest(fact) for fact in facts.values()], device="cpu")
     if first_difference(numbers, mesh) is None:
         return
     for name, number in zip(facts, numbers.split(1), strict=True):
