@@ -255,6 +255,7 @@ def test_loading_info_is_that_of_transformers(case, checkpoints, pool2, tmp_path
 def _lax(path: str) -> tuple[Tensor, list[str]]:
     torch.manual_seed(dist.get_rank())
     with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         model = shardwise.AutoModelForCausalLM.from_pretrained(path, tp_plan="auto", strict=False)
     return model(IDS).logits.detach(), [str(warning.message) for warning in caught]
 
