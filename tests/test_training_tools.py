@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import MethodType
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import shardwise
 from figures import gradient_error, gradients
@@ -79,6 +80,43 @@ def test_ranks_of_one_model_are_no_replicas(pool2, tmp_path_factory):
     """
     for said in pool2.run(all_taken_for_replicas, checkpoint(tmp_path_factory, "mistral")):
         assert "made the parts on ranks 0, 1 all the first one's" in said
+
+
+def multiplied(model: PreTrainedModel) -> tuple[Tensor, dict[str, Tensor] | None]:
+    """Logits and gradients by a forward as TRL and Liger put in, which takes the head's weight and does not call the head."""
+
+    def forward(self: PreTrainedModel, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        hidden, head = self.model(input_ids=input_ids).last_hidden_state, self.get_output_embeddings()
+        return hidden @ head.weight.T, head(hidden)
+
+    model.forward = MethodType(forward, model)
+    ids = batches()[0].input_ids
+    logits, called = model(ids)
+    torch.testing.assert_close(logits, called, atol=1e-5, rtol=1e-4)
+    for _ in range(2):
+        torch.nn.functional.cross_entropy(sum(model(ids)).flatten(0, 1), ids.flatten()).backward()
+    return logits.detach(), shardwise.full_gradients(model)
+
+
+def multiplied_sharded(path: Path) -> tuple[Tensor, dict[str, Tensor] | None]:
+    """On a rank; the parameter itself stays its part."""
+    model = load(path)
+    found = multiplied(model)
+    assert dict(model.named_parameters(remove_duplicate=False))["lm_head.weight"].shape[0] in (63, 64)
+    return found
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_a_forward_that_multiplies_by_the_weight_of_the_head(name, pool2, tmp_path_factory):
+    """Guards: logits of a rank's part of the vocabulary, and the loss of these, in trainers that compute it by the head's
+    weight.
+    """
+    path = checkpoint(tmp_path_factory, name)
+    logits, wanted = multiplied(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32))
+    found = pool2.run(multiplied_sharded, path)
+    for mine, _ in found:
+        torch.testing.assert_close(mine, logits, atol=2e-4, rtol=1e-4)
+    assert gradient_error(found[0][1], wanted) < 1e-3
 
 
 def steps_of(path: Path, **options: bool) -> dict[str, Tensor] | None:

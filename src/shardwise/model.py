@@ -18,7 +18,7 @@ from shardwise.generation import same_random_state
 from shardwise.hf import AdaptersSeen, attentions_are_asked_for, gather_attentions, load_adapter, save_adapter
 from shardwise.layers import ParallelStyle
 from shardwise.model_state import required_state
-from shardwise.parallelize import apply_adapters
+from shardwise.parallelize import apply_adapters, let_weight_be_read
 from shardwise.rendezvous import meet
 from shardwise.replicas import refuse_data_parallel
 from shardwise.saving import save_pretrained
@@ -47,6 +47,11 @@ class ShardedModel(ParallelStyle):
             return output.to_tuple() if as_tuple else output
 
         cls.forward = forward
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "forward":  # whoever puts one of his own there (TRL, Liger) multiplies by the head's weight himself
+            let_weight_be_read(self.get_output_embeddings())  # type: ignore[operator]
+        super().__setattr__(name, value)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if "peft_config" in self.__dict__ and not torch.compiler.is_compiling():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from shardwise.adapters import adapter_plan, copied_layers, has_adapters, ordinary_name, unwrapped, whole_as_planned, wrappers
 from shardwise.errors import PlanError, ShardwiseError, describe
 from shardwise.layers import (
+    ColwiseGatherOutput,
     ColwiseParallel,
     Facts,
     LinearStyle,
@@ -20,6 +21,7 @@ from shardwise.layers import (
     OverlappedLinear,
     OverlappedRegion,
     ParallelStyle,
+    ReadWhole,
     Region,
     SequenceRowwise,
     ShardState,
@@ -108,6 +110,14 @@ def apply_adapters(model: nn.Module, configs: Mapping[str, Any]) -> None:
     for original, copy in copied_layers(model) if not state.overlap else ():
         copy.__dict__["_tp"].region = original.__dict__["_tp"].region  # or the copy would open it and not close it
     model.__dict__[STATE] = replace(state, adapters=table)
+
+
+def let_weight_be_read(layer: Any) -> None:
+    """Let code that reads a column-wise `layer`'s weight, in place of calling it, have the whole one. See `ReadWhole`."""
+    kind = type(layer)
+    if issubclass(kind, ColwiseGatherOutput) and not issubclass(kind, ReadWhole) and is_parallel(layer):
+        style, base, summed, between = vars(kind)["_recipe"]
+        layer.__class__ = parallel_class(ReadWhole, base, summed, (style, *between))
 
 
 def take_adapters_out(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:

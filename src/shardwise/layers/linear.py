@@ -98,6 +98,40 @@ class ColwiseGatherOutput(ColwiseParallel):
         return gather_from_tp(local, self._tp.mesh, -1, self._tp.sizes["weight"])
 
 
+class ReadWhole(ParallelStyle):
+    """In front of a column-wise layer whose weight somebody reads to multiply by it himself (TRL and Liger, the head's): it is
+    gathered, (out, in) I, as is the bias, (out,) I; backward takes this rank's slice. The layer's own forward reads its part.
+
+    Reading is a collective then. The parameters, which optimizers and state dicts see, stay the rank's.
+    """
+
+    prefix = "ReadWhole"
+
+    @property
+    def weight(self) -> Tensor | None:
+        """All of it, but in the layer's own forward."""
+        return self._read("weight")
+
+    @property
+    def bias(self) -> Tensor | None:
+        """All of it, but in the layer's own forward."""
+        return self._read("bias")
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._tp.inside = True
+        try:
+            output: Tensor = super().forward(input)
+        finally:
+            self._tp.inside = False
+        return output
+
+    def _read(self, name: str) -> Tensor | None:
+        state, own = self._tp, self._parameters[name]
+        if own is None or state.inside or name not in state.sizes:
+            return own
+        return gather_from_tp(own, state.mesh, 0, state.sizes[name])
+
+
 class RowwiseParallel(LinearStyle):
     """Y = X Aᵀ + b with the columns of A split.  X (..., in/tp) S(-1) -> Y (..., out) I. The bias is added once, after the
     sum.
