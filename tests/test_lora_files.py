@@ -205,6 +205,29 @@ def test_new_adapter_is_that_of_one_process(name, targets, pool2, tmp_path_facto
     assert name == "gpt2" or "(default): RowwiseLinear(in_features=32 of 64, out_features=3, bias=False, tp=2)" in text
 
 
+def prompted(model: nn.Module) -> tuple[Tensor, Tensor]:
+    """Logits, and the gradient of virtual tokens in front of the words."""
+    torch.manual_seed(3)
+    wrapped = get_peft_model(model, peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+    ids = batches()[0].input_ids
+    output = wrapped(input_ids=ids, labels=ids)
+    output.loss.backward()
+    return output.logits.detach(), wrapped.prompt_encoder["default"].embedding.weight.grad
+
+
+def prompted_sharded(path: Path) -> tuple[Tensor, Tensor]:
+    """On a rank."""
+    return prompted(load(path))
+
+
+def test_virtual_tokens(pool2, tmp_path_factory):
+    """Guards: word embeddings that PEFT does not find, since it looks for a parameter as long as the vocabulary."""
+    path = checkpoint(tmp_path_factory, "llama")
+    wanted = prompted(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32))
+    for found in pool2.run(prompted_sharded, path):
+        torch.testing.assert_close(found, wanted, atol=2e-4, rtol=1e-3)
+
+
 # --- what is refused ---
 
 

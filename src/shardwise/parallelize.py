@@ -269,11 +269,12 @@ def _parallelize_module(module: nn.Module, row: ModuleSpec, model: ModelState, r
 
 
 def _say_full_shapes(module: nn.Module, own: Mapping[str, ShardSpec]) -> None:
-    """Where PEFT takes an adapter's width from a parameter, by the attribute that it reads first: the adapter then starts out
-    as in one process.
+    """Where PEFT takes an adapter's width from a parameter, or knows the word embeddings by its length, say how long it is in
+    all, by the attribute that PEFT reads first: the adapter then starts out as in one process.
     """
+    asked = stores_transposed(module) or isinstance(module, nn.Embedding)
     for child, row in own.items():
-        if row.sharded and not row.buffer and (stores_transposed(module) or len(row.shape) == 3):
+        if row.sharded and not row.buffer and (asked or len(row.shape) == 3):
             module._parameters[child].ds_shape = torch.Size(row.shape)  # type: ignore[union-attr]
 
 
