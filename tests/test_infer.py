@@ -68,7 +68,7 @@ def test_inferred_plan_is_exact_on_four_ranks(name, suite, shm4):
     outcome = suite.outcome(name, shm4)
     assert not isinstance(outcome, PlanError), outcome
     assert outcome.wrong == ()
-    assert outcome.share < 1.1
+    assert outcome.share < 1.2  # what two ranks share is there twice
 
 
 def trained(plan: Plan) -> list[float]:

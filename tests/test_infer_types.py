@@ -14,6 +14,7 @@ from shardwise import tiny
 from shardwise.hf import sample_feeds
 from shardwise.infer import infer
 from shardwise.infer.islands import _filled
+from shardwise.layers.registry import style_named
 from shardwise.plan import Plan, wildcard
 
 NOT_BUILT = {
@@ -127,6 +128,11 @@ def test_plan_by_hand_is_right(name, size):
     plan = shardwise.plan(model, size)
     assert any(row.sharded for row in plan if "attn" in row.name or "attention" in row.name)
     assert shardwise.prove(plan, model)
+
+
+def test_einsum_is_a_name_of_products():
+    """Guards: plans in files that name the style as it was called."""
+    assert style_named("einsum", "") is style_named("products", "")
 
 
 def test_einsum_that_is_whole_beside_parts_is_refused():
