@@ -9,9 +9,9 @@ import pytest
 from torch import nn
 
 import shardwise
-from shardwise import api, tiny
+from shardwise import api, coverage, tiny
 from shardwise.errors import PlanError
-from shardwise.infer import unknown
+from shardwise.infer import cut_share, unknown
 from shardwise.spec import Rule
 from shardwise.tiny.sizes import NO_DROPOUT
 
@@ -64,6 +64,17 @@ def test_the_rest_of_a_plan_is_inferred(bert, monkeypatch, caplog):
     assert plan.prove(bert)
 
 
+def test_many_small_parts_are_inferred(bert, monkeypatch):
+    """Guards: a model of which the rules name the smaller half, taken as it is since no family of the rest is large."""
+    monkeypatch.setattr(coverage, "LARGE", 0.5)
+    own = rules(intermediate_dense="colwise", output_dense="rowwise")
+    monkeypatch.setattr(api, "model_rules", lambda *args, **keywords: own)
+    plan = shardwise.plan(bert, 2)
+    assert cut_share(plan) > 0.9
+    monkeypatch.setattr(unknown, "LEAST", 0.99)  # then it stays as it was
+    assert {row.rule.source for row in shardwise.plan(bert, 2) if row.sharded} == {"model"}
+
+
 def test_a_wrong_part_of_a_plan_is_not_taken(bert, monkeypatch, caplog):
     """Guards: rules of a model's own that are wrong for its options, beside which all that is inferred would fail, too."""
     monkeypatch.setattr(api, "model_rules", lambda *args, **keywords: rules(intermediate_dense="colwise"))
@@ -83,7 +94,7 @@ def test_a_model_that_does_not_run_is_refused(bert, monkeypatch):
     with pytest.raises(PlanError, match="inputs made up for it: ZeroDivisionError: in the model"):
         shardwise.plan(bert, 2)
     monkeypatch.setattr(api, "model_rules", lambda *args, **keywords: rules(intermediate_dense="colwise"))
-    with pytest.raises(PlanError, match=r"(?s)no rule names these matrices.*A plan for these can't be inferred"):
+    with pytest.raises(PlanError, match=r"(?s)no rule names these matrices.*none for the rest can be inferred"):
         shardwise.plan(bert, 2)
 
 

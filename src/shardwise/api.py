@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from shardwise.adapters import adapted_model
-from shardwise.coverage import check_coverage
+from shardwise.coverage import LARGE, check_coverage, unnamed_share
 from shardwise.errors import PlanError, describe
 from shardwise.generation import same_random_state
 from shardwise.hf import (
@@ -91,12 +91,9 @@ def make_plan(
     if tp_size == 1:
         rules = [rule for rule in rules if rule.source == "user" or style_named(rule.style, str(rule)).axis == "ep"]
     table = resolve(model, rules, tp_size, ep_size)
-    try:
-        check_coverage(model, table)
-    except PlanError as problem:
-        if not infers:
-            raise
-        return plan_rest(model, tp_size, rules, problem)
+    if infers and (whole := _completed(model, table, rules)) is not None:
+        return whole
+    check_coverage(model, table)
     check_head(model, table)
     return replace(table, origin=origin_of(model))
 
@@ -228,6 +225,22 @@ def _frozen(model: nn.Module, size: int) -> Plan | None:
     except PlanError:
         return None
     return table if cut_share(table) >= LEAST else None
+
+
+def _completed(model: nn.Module, table: Plan, rules: Sequence[Rule]) -> Plan | None:
+    """With the rest inferred, where the model's own `rules` leave out much of what `table` has. None where they don't, or where
+    no family of matrices is large and none can be inferred.
+    """
+    if unnamed_share(table) <= LARGE and cut_share(table) > 0:
+        return None
+    try:
+        return plan_rest(model, table.size, rules)
+    except PlanError as error:
+        try:
+            check_coverage(model, table)
+        except PlanError as problem:
+            raise PlanError(f"{problem}\n{error}") from error
+    return None
 
 
 def _given(plan: Plan, tp_size: int, ep_size: int | None) -> Plan:

@@ -8,7 +8,8 @@ from shardwise.errors import PlanError, describe
 from shardwise.plan import Plan, wildcard
 
 LARGE = 0.10
-"""A family of matrices (one of each layer) that takes more than this share of the model's bytes must have a rule."""
+"""A family of matrices (one of each layer) that takes more than this share of the model's bytes must have a rule; all that have
+none, together, are inferred by "auto" from this share on."""
 
 
 def check_coverage(model: nn.Module, plan: Plan) -> None:
@@ -17,10 +18,7 @@ def check_coverage(model: nn.Module, plan: Plan) -> None:
     """
     if plan.size == 1:
         return
-    whole: dict[str, int] = {}
-    for row in plan.tensors:
-        if not row.sharded and not row.buffer and row.rule is None and len(row.shape) > 1:
-            whole[wildcard(row.name)] = whole.get(wildcard(row.name), 0) + row.bytes
+    whole = _unnamed(plan)
     large = sorted((name for name, size in whole.items() if size > LARGE * plan.full_bytes), key=lambda name: -whole[name])
     nothing = not any(row.sharded for row in plan.tensors)
     if not large and not nothing:
@@ -38,3 +36,17 @@ def check_coverage(model: nn.Module, plan: Plan) -> None:
             ],
         )
     )
+
+
+def unnamed_share(plan: Plan) -> float:
+    """The share of the model's bytes in matrices that no rule names."""
+    return sum(_unnamed(plan).values()) / max(plan.full_bytes, 1)
+
+
+def _unnamed(plan: Plan) -> dict[str, int]:
+    """The bytes of the matrices that no rule names, those of alike layers together."""
+    whole: dict[str, int] = {}
+    for row in plan.tensors:
+        if not row.sharded and not row.buffer and row.rule is None and len(row.shape) > 1:
+            whole[wildcard(row.name)] = whole.get(wildcard(row.name), 0) + row.bytes
+    return whole

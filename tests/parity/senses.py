@@ -110,11 +110,12 @@ HEARD: dict[str, Other] = {
 SEEN: dict[str, Other] = {
     **{name: Other(image, ("", PICTURES), IMAGE) for name in ("beit", "dinov2", "dinov2_with_registers", "ijepa", "vit")},
     **{name: Other(image, (PICTURES,), IMAGE) for name in ("data2vec-vision", "vit_msn")},
-    **{name: Other(image, ("",), IMAGE) for name in ("clip_vision_model", "deit", "siglip_vision_model")},
+    **{name: Other(image, ("",), IMAGE) for name in ("clip_vision_model", "siglip_vision_model")},
     **{
         name: Other(lambda rows: image(rows, 32), (PICTURES,), {"hidden_sizes": [16, 32], "depths": [1, 1], "num_stages": 2})
         for name in ("convnext", "convnextv2")
     },
+    "deit": Other(image, ("", PICTURES), IMAGE | {"architectures": ["DeiTForImageClassification"]}),
     "dinov3_vit": Other(image, ("",), IMAGE | {"num_register_tokens": 2}),
     "dpt": Other(
         image,

@@ -33,16 +33,18 @@ def plan_unknown(model: nn.Module, size: int) -> Plan:
     return _said(model, found, "brings no plan: one was inferred from what it computes")
 
 
-def plan_rest(model: nn.Module, size: int, rules: Sequence[Rule], problem: PlanError) -> Plan:
+def plan_rest(model: nn.Module, size: int, rules: Sequence[Rule]) -> Plan:
     """The plan for a transformers model whose `rules` name a part of it: as they say, and the rest inferred, all proven
     together; or all inferred, where the rules alone are wrong. The first rank's log says what was.
 
-    Raises `PlanError`, with the `problem` of the rules, where that can't be done, or less than half of the model would be cut.
+    Raises `PlanError` where that can't be done, or less than half of the model would be cut.
     """
     try:
         found, right = _infer_rest(model, size, rules)
     except PlanError as error:
-        raise PlanError(f"{problem}\nA plan for these can't be inferred. {error}") from error
+        raise PlanError(
+            f"{type(model).__name__} brings a plan for a part of it, and none for the rest can be inferred. {error}"
+        ) from error
     if right:
         return _said(model, found, f"brings a plan for a part of it: that for {_inferred(found.plan)} was inferred")
     return _said(model, found, "brings a plan for a part of it, which is wrong: another one was inferred from what it computes")
