@@ -79,6 +79,27 @@ def test_what_is_taken_as_it_is():
     prove_rules(shardwise.plan(model, 2, {"layers.*.mlp.down_proj": "not_summed"}), model)
 
 
+UNDER = {
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "meta": lambda: torch.device("meta"),
+}
+
+
+@pytest.mark.parametrize("around", UNDER)
+def test_proofs_under_whatever_the_caller_is(around):
+    """Guards: a right plan that is refused where it is asked for without gradients, or in autocast; a wrong one let through."""
+    model = llama()
+    right, wrong = (shardwise.plan(model, 2, rules) for rules in (RIGHT[0], WRONG["only gradients wrong"][0]))
+    with UNDER[around]():
+        prove_rules(right, model)
+        assert shardwise.prove(right, model)
+        assert shardwise.infer_plan(model, 2).size == 2
+        with pytest.raises(PlanError, match="The plan is wrong"):
+            prove_rules(wrong, model)
+
+
 @pytest.mark.parametrize("given", ["llama", llama().config, None])
 def test_what_is_no_model(given):
     """Guards: "'LlamaConfig' object has no attribute '_modules'"."""

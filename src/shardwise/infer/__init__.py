@@ -13,6 +13,7 @@
 | `search`, `choose`, `lift` | what modules need besides cut weights; what passes; and for all layers |
 | `plan`, `prove` | what is called; rules of the user's own, tried out before a weight is read |
 | `subject`, `values`, `feeds` | what plans are tried out on |
+| `surroundings` | what they are tried out under |
 | `switched` | modules that a model exchanges for others |
 | `unknown`, `named` | what `tp_plan="auto"` does of a model without a plan, or with one for a part of it |
 """

@@ -24,6 +24,7 @@ from shardwise.infer.proposals import Proposal, propose
 from shardwise.infer.sampled import Reads
 from shardwise.infer.simulate import Reference
 from shardwise.infer.subject import subject
+from shardwise.infer.surroundings import plain_surroundings
 from shardwise.infer.targets import NotPossible
 from shardwise.infer.trace import Trace
 from shardwise.mesh import started_ranks
@@ -57,6 +58,7 @@ def infer_plan(
     return infer(model_or_config, tp_size, example_inputs).plan
 
 
+@plain_surroundings()
 def infer(
     model_or_config: nn.Module | PreTrainedConfig,
     tp_size: int | None = None,

@@ -13,6 +13,7 @@ from shardwise.infer.parts import Part, only, parts_of
 from shardwise.infer.proof import Island, Proof
 from shardwise.infer.simulate import Reference, check
 from shardwise.infer.subject import subject
+from shardwise.infer.surroundings import plain_surroundings
 from shardwise.layers import STYLES
 from shardwise.plan import Plan
 from shardwise.testing import within_threads
@@ -22,6 +23,7 @@ MOST_RANKS = 16
 _SHOWN = 8
 
 
+@plain_surroundings()
 def prove(plan: Plan, model: nn.Module, example_inputs: Feed | Sequence[Feed] | None = None) -> Proof:
     """Show that `plan` computes what `model` does: outputs, and the gradients of all parameters.
 
@@ -93,6 +95,7 @@ def _apart(reference: Reference, plan: Plan, parts: Sequence[Part], proof: Proof
     return [check(reference, only(plan, [part])) for part in parts]
 
 
+@plain_surroundings()
 def prove_rules(plan: Plan, model: nn.Module, edited: bool = False) -> None:
     """Show that the rules of a plan which its user wrote go together with the rest, before a weight is read. `edited` says
     that the user may have written them all.
