@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, StaticCache
 import shardwise
 from parity import types
 from parity.job import quiet
+from shardwise.errors import ShardwiseError
 
 PROMPT = torch.tensor([[5, 99, 126, 17, 3], [64, 7, 7, 120, 33]])
 ROOM = 16
@@ -72,3 +73,18 @@ def test_padding_is_never_drawn(name, tied, pool2, pool4):
     assert expected.unique().tolist() == list(range(VOCABULARY))  # every id is drawn, those of the last rows too
     for pool in (pool2, pool4):
         assert all(torch.equal(tokens, expected) for tokens in pool.run(drawn, name, tied))
+
+
+def batched_continuously() -> str:
+    """On a rank: what it says."""
+    model = local("llama")
+    with pytest.raises(ShardwiseError):
+        model.init_continuous_batching()
+    with pytest.raises(ShardwiseError) as error:
+        model.generate_batch([[5, 7, 9]], max_new_tokens=2)
+    return str(error.value)
+
+
+def test_continuous_batching_is_refused(pool2):
+    """Guards: a paged cache for all heads, on which the thread that generates fails, so that there are no tokens."""
+    assert "Continuous batching" in pool2.run(batched_continuously)[0]

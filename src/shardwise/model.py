@@ -164,6 +164,20 @@ class ShardedModel(ParallelStyle):
         gather_attentions(generated, self.config, state.mesh)  # of the encoder, which it calls itself
         return generated
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises `ShardwiseError`: transformers makes the paged cache for all heads, each rank schedules requests by itself,
+        and what fails in its thread is logged, and answered by no tokens. `generate_batch` comes here too.
+        """
+        raise ShardwiseError(
+            describe(
+                "Continuous batching (generate_batch, paged caches) of a parallel model is not possible.",
+                either=[
+                    "model.generate(...) with a padded batch, or",
+                    "shardwise.unparallelize(model) first",
+                ],
+            )
+        )
+
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Write the ordinary checkpoint, or, of a model with adapters of `add_adapter` or `load_adapter`, the adapter, as
         transformers does. Collective: every rank must call it. See `shardwise.saving.save_pretrained`.
