@@ -18,6 +18,7 @@ from figures import gradient_error, gradients
 from models import batches, build, checkpoint
 from on_ranks import load, logits, plain_gradients, world
 from shardwise.errors import ShardwiseError
+from shardwise.layers import is_parallel
 
 
 def checkpointed(path: Path, use_reentrant: bool) -> None:
@@ -90,6 +91,8 @@ def multiplied(model: PreTrainedModel) -> tuple[Tensor, dict[str, Tensor] | None
         return hidden @ head.weight.T, head(hidden)
 
     model.forward = MethodType(forward, model)
+    if dist.is_initialized() and not is_parallel(model):
+        shardwise.parallelize(model)
     ids = batches()[0].input_ids
     logits, called = model(ids)
     torch.testing.assert_close(logits, called, atol=1e-5, rtol=1e-4)
@@ -98,9 +101,9 @@ def multiplied(model: PreTrainedModel) -> tuple[Tensor, dict[str, Tensor] | None
     return logits.detach(), shardwise.full_gradients(model)
 
 
-def multiplied_sharded(path: Path) -> tuple[Tensor, dict[str, Tensor] | None]:
-    """On a rank; the parameter itself stays its part."""
-    model = load(path)
+def multiplied_sharded(path: Path, loaded: bool) -> tuple[Tensor, dict[str, Tensor] | None]:
+    """On a rank, of a model that was parallel before, or became it afterwards; the parameter itself stays its part."""
+    model = load(path) if loaded else AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     found = multiplied(model)
     assert dict(model.named_parameters(remove_duplicate=False))["lm_head.weight"].shape[0] in (63, 64)
     return found
@@ -113,10 +116,11 @@ def test_a_forward_that_multiplies_by_the_weight_of_the_head(name, pool2, tmp_pa
     """
     path = checkpoint(tmp_path_factory, name)
     logits, wanted = multiplied(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32))
-    found = pool2.run(multiplied_sharded, path)
-    for mine, _ in found:
-        torch.testing.assert_close(mine, logits, atol=2e-4, rtol=1e-4)
-    assert gradient_error(found[0][1], wanted) < 1e-3
+    for loaded in (True, False):
+        found = pool2.run(multiplied_sharded, path, loaded)
+        for mine, _ in found:
+            torch.testing.assert_close(mine, logits, atol=2e-4, rtol=1e-4)
+        assert gradient_error(found[0][1], wanted) < 1e-3
 
 
 def steps_of(path: Path, **options: bool) -> dict[str, Tensor] | None:

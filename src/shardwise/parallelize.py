@@ -65,6 +65,8 @@ def apply_plan(model: nn.Module, state: ModelState, read: ReadShard, root: type[
     if root is not None and not is_parallel(model):
         model.__dict__["_tp"] = ShardState(mesh, mesh)
         model.__class__ = parallel_class(root, type(model))
+        if _forward_is_replaced(model):
+            let_weight_be_read(model.get_output_embeddings())  # type: ignore[operator]
     model.__dict__[STATE] = state
     _leave_experts_to_us(model, state)
 
@@ -110,6 +112,12 @@ def apply_adapters(model: nn.Module, configs: Mapping[str, Any]) -> None:
     for original, copy in copied_layers(model) if not state.overlap else ():
         copy.__dict__["_tp"].region = original.__dict__["_tp"].region  # or the copy would open it and not close it
     model.__dict__[STATE] = replace(state, adapters=table)
+
+
+def _forward_is_replaced(model: nn.Module) -> bool:
+    """Whether somebody has put a forward of his own into `model`, or into its class (Liger)."""
+    owner = next(kind for kind in original_class(model).__mro__ if "forward" in vars(kind))
+    return "forward" in model.__dict__ or vars(owner)["forward"].__module__ != owner.__module__
 
 
 def let_weight_be_read(layer: Any) -> None:
