@@ -20,7 +20,7 @@ _ENCODED = 7
 _LARGE = 2**21
 _CHARACTERS = 1_000
 _LONGER = 4
-_ENDINGS = (IndexError, RuntimeError, TypeError, ValueError, AttributeError, KeyError)
+_ENDINGS = (AttributeError, IndexError, KeyError, NameError, RuntimeError, TypeError, ValueError)
 _STATES = ("encoder_hidden_states", "cross_attention_states", "encoder_outputs")
 _WIDTHS = ("cross_attention_hidden_size", "encoder_hidden_size", "hidden_size", "d_model", "n_embd")
 
