@@ -14,6 +14,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import shardwise
+from parity.stand_ins import NOT_BUILT
 from shardwise import cli, tiny
 from shardwise.freeze import NotBuilt, drift, freeze
 from shardwise.freeze.express import Sample, express
@@ -25,8 +26,6 @@ from shardwise.plans.frozen.expand import expand_rules, parts
 
 KEPT = sorted(path.stem for path in FOLDER.glob("*.json"))
 SAMPLE = ("bert", "gpt2", "gpt_bigcode", "gpt_oss")
-NOT_BUILT = {"gemma3n", "gemma4_assistant", "gemma4_unified_assistant"}
-"""Types of which there is no tiny model: a package is missing, or transformers refuses the config."""
 OTHER = {
     "bert": {"hidden_size": 80, "num_attention_heads": 5, "intermediate_size": 112},
     "openai-gpt": {"hidden_size": 96, "num_attention_heads": 6},

@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import shardwise
+from parity.stand_ins import NOT_BUILT
 from shardwise import tiny
 from shardwise.hf import sample_feeds
 from shardwise.infer import infer
@@ -17,12 +18,6 @@ from shardwise.infer.islands import _filled
 from shardwise.layers.registry import style_named
 from shardwise.plan import Plan, wildcard
 
-NOT_BUILT = {
-    "gemma3n": "its vision tower needs the package timm",
-    "gemma4_assistant": "transformers 5.23 refuses layers that all share the keys of another model",
-    "gemma4_unified_assistant": "as gemma4_assistant",
-}
-"""Types that transformers itself can't build here."""
 LARGEST = 2_000_000
 
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 
+from parity.stand_ins import NOT_BUILT
 from parity.types import every
 from parity.variants import KEPT, Inferred, flipped, problem, problem_of_flags, problem_of_sizes, resized
 from shardwise import tiny
@@ -18,7 +19,6 @@ from shardwise.hf import model_rules
 from shardwise.layers import Cut
 from shardwise.layout import Block
 from shardwise.spec import Rule
-from test_infer_types import NOT_BUILT
 
 TYPES = [name for name in every() if name not in NOT_BUILT]
 

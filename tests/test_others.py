@@ -95,3 +95,13 @@ def _drafted(drafter: nn.Module, target: nn.Module) -> list[Tensor]:
     logits = drafter(**drafts.drafted(target)[0]).logits
     logits.square().mean().backward()
     return [logits.detach(), drafter.lm_head.weight.grad]
+
+
+@pytest.mark.parametrize("name", ["longformer MaskedLM", "led Seq2SeqLM"])
+def test_global_attention(name):
+    """Guards: projections that only global attention reads, left whole beside local ones because no trial has called them."""
+    model = others.build(name).eval()
+    ids = torch.arange(3, 27).view(2, 12)
+    first = torch.zeros_like(ids).index_fill(1, torch.tensor(0), 1)
+    feed = {"input_ids": ids, "global_attention_mask": first}
+    shardwise.prove(shardwise.plan(model, 2), model, [feed | {"decoder_input_ids": ids[:, :6]} if "Seq2Seq" in name else feed])

@@ -20,6 +20,7 @@ from parity import others, wrappers
 from parity.calls import UNSOLVED
 from parity.others_table import TITLE as OTHERS_TITLE
 from parity.others_table import render_others, rows_of
+from parity.stand_ins import NOT_BUILT
 from parity.suite import Suite
 from parity.table import RANK_COUNTS, Result, Results, cells, render, renewed, show, with_rows
 from parity.types import every, planned
@@ -84,7 +85,7 @@ def _write(asked: list[str], plain: Results, wrapped: Results, rest: Mapping[str
 def _all_proven(names: list[str], console: Console) -> bool:
     """Whether no plan is wrong at other sizes, or with other flags; says which are, and how many were proven."""
     checks, proven, wrong = {"other sizes": problem_of_sizes, "other flags": problem_of_flags}, 0, 0
-    for name in track([name for name in names if (name, RANK_COUNTS[0]) not in UNSOLVED], "proofs", console=console):
+    for name in track([name for name in names if name not in NOT_BUILT], "proofs", console=console):
         for what, problem_of in checks.items():
             try:
                 problem = problem_of(name)

@@ -13,6 +13,12 @@ from transformers.models.gemma4.configuration_gemma4 import Gemma4TextConfig
 from transformers.models.gemma4_unified.configuration_gemma4_unified import Gemma4UnifiedTextConfig
 from transformers.models.timm_wrapper import modeling_timm_wrapper
 
+NOT_BUILT = {
+    "gemma3n": "its vision tower needs the package timm",
+    "gemma4_assistant": "transformers 5.23 refuses layers that all share the keys of another model",
+    "gemma4_unified_assistant": "as gemma4_assistant",
+}
+"""Types that transformers itself can't build here without what follows."""
 PATCH, WIDTH = 14, 32
 
 

@@ -21,6 +21,7 @@ _LARGE = 2**21
 _CHARACTERS = 1_000
 _LONGER = 4
 _ENDINGS = (AttributeError, IndexError, KeyError, NameError, RuntimeError, TypeError, ValueError)
+_GLOBAL = "global_attention_mask"
 _STATES = ("encoder_hidden_states", "cross_attention_states", "encoder_outputs")
 _WIDTHS = ("cross_attention_hidden_size", "encoder_hidden_size", "hidden_size", "d_model", "n_embd")
 
@@ -103,11 +104,13 @@ def _sensed(model: PreTrainedModel, generator: torch.Generator) -> Iterator[Inpu
 
 
 def _with_more(model: PreTrainedModel, inputs: Inputs, generator: torch.Generator) -> Inputs:
-    """`inputs` with the states of an encoder, images or sounds, if modules run with them that don't without."""
-    if model.config.is_encoder_decoder or not inputs.keys() <= {"input_ids", "bbox"} or inputs["input_ids"].dim() != 2:
+    """`inputs` with an encoder's states, global attention, images or sounds, if modules run with them that don't without."""
+    if "input_ids" not in inputs or inputs["input_ids"].dim() != 2:
         return inputs
-    more = ({**inputs, **given} for given in _sensed(model, generator))
-    ways = (*_with_states(model, inputs, generator), *more)
+    ways = [*_with_global_attention(model, inputs)]
+    if not model.config.is_encoder_decoder and inputs.keys() <= {"input_ids", "bbox"}:
+        more = ({**inputs, **given} for given in _sensed(model, generator))
+        ways = [*_with_states(model, inputs, generator), *ways, *more]
     return next((given for given in ways if _runs(model, given) and not _run(model, given) <= _run(model, inputs)), inputs)
 
 
@@ -118,6 +121,14 @@ def _with_states(model: PreTrainedModel, inputs: Inputs, generator: torch.Genera
     for width in widths if name is not None else ():
         states = torch.randn(_rows(model, inputs), _ENCODED, width, generator=generator)
         yield {**inputs, str(name): (states,) if name == "encoder_outputs" else states}
+
+
+def _with_global_attention(model: PreTrainedModel, inputs: Inputs) -> Iterator[Inputs]:
+    """The first token attends to all, and all to it (Longformer)."""
+    if _GLOBAL in inspect.signature(model.forward).parameters:
+        mask = torch.zeros_like(inputs["input_ids"])
+        mask[:, 0] = 1
+        yield {**inputs, _GLOBAL: mask}
 
 
 def _rows(model: PreTrainedModel, inputs: Inputs) -> int:

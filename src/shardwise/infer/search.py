@@ -211,7 +211,7 @@ def _watched(module: nn.Module, path: str, seen: dict[Number, int]) -> Iterator[
 
 def patched(model: nn.Module, proposals: Iterable[tuple[Proposal, Patch]], size: int) -> list[Rule]:
     """The rules of `proposals`, each with what its modules need besides."""
-    proposals = list(proposals)
+    proposals, there = list(proposals), {name for name, _ in model.named_modules(remove_duplicate=False)}
     rules: dict[str, Rule] = {}
     for proposal, patch in proposals:
         rules |= {rule.pattern: rule for rule in proposal.rules}
@@ -220,6 +220,8 @@ def patched(model: nn.Module, proposals: Iterable[tuple[Proposal, Patch]], size:
             local[proposal.place] = {"input_width": local_numbers(patch.width, proposal.count, size)}
         for (path, name), counts in patch.numbers:
             place = f"{proposal.place}.{path}".strip(".")
+            if place not in there:  # parts of the same kinds share a patch, and may call their modules by other names
+                continue
             value = _read(model.get_submodule(place), name)
             local.setdefault(place, {})[name] = _local(value, counts, proposal, size)
         for place, attributes in local.items():
