@@ -29,7 +29,7 @@ def freeze(
     is kept, and tp_plan="auto" uses it. Exit code 0 only when every type was frozen; with --check, when no file says anything
     else than what auto does by now.
     """
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     if not types and not check:
         raise typer.BadParameter("name a type, such as bert; or --check")
     done = [_check(name, console) if check else _freeze(name, folder, console) for name in types or tiny.types()]
@@ -44,13 +44,13 @@ def _freeze(name: str, folder: Path, console: Console) -> bool:
         with quiet():
             found = make(name)
     except NotFrozen as error:
-        console.print(f"{name}: not frozen: {error} ({time.perf_counter() - start:.1f} s)", markup=False, soft_wrap=True)
+        console.print(f"{name}: not frozen: {error} ({time.perf_counter() - start:.1f} s)")
         return False
     path = folder / f"{found.type}.json"
     path.write_text(found.to_json(), encoding="utf-8")
     rules = len(found.variants[0].rules)
     took = f"{path.stat().st_size / 1024:.1f} KiB, {time.perf_counter() - start:.1f} s"
-    console.print(f"{name}: {rules} rules cut {found.cut:.0%} of the model ({took}): {path}", markup=False, soft_wrap=True)
+    console.print(f"{name}: {rules} rules cut {found.cut:.0%} of the model ({took}): {path}")
     return True
 
 
@@ -60,8 +60,8 @@ def _check(name: str, console: Console) -> bool | None:
         with quiet():
             found = drift(name)
     except NotBuilt as error:
-        console.print(f"{name}: not looked at: {error}", markup=False, soft_wrap=True)
+        console.print(f"{name}: not looked at: {error}")
         return None
     if found is not None:
-        console.print(f"{name}: {found}", markup=False, soft_wrap=True)
+        console.print(f"{name}: {found}")
     return found is None

@@ -13,6 +13,7 @@ from shardwise.estimate.kinds import first_layers
 from shardwise.estimate.result import Estimate
 from shardwise.estimate.simulate import Setting, Simulation, simulate
 from shardwise.estimate.step import OPTIMIZERS, OptimizerName, Step
+from shardwise.hf import config_parts
 from shardwise.mesh import device_type
 from shardwise.plan import Plan
 
@@ -67,9 +68,8 @@ def estimate(
 def in_dtype(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedConfig:
     """A copy of `config`, and of the configs in it, whose models have parameters of `dtype`."""
     other = copy.deepcopy(config)
-    for part in (other, *(getattr(other, name, None) for name in other.sub_configs)):
-        if part is not None:
-            part.dtype = dtype
+    for part in config_parts(other):
+        part.dtype = dtype
     return other
 
 

@@ -18,7 +18,7 @@
 from shardwise.hf.adapters import AdaptersSeen, adapter_and_base, load_adapter, save_adapter
 from shardwise.hf.attentions import attentions_are_asked_for, gather_attentions
 from shardwise.hf.auto import attach_generation_config, quantization, resolve_model_class, without_quantization
-from shardwise.hf.configs import config_text
+from shardwise.hf.configs import config_parts, config_text
 from shardwise.hf.feeds import in_training, is_rate, sample_feeds, without_dropout
 from shardwise.hf.kinds import cut, layer_kinds, layer_of
 from shardwise.hf.load import load_lazily
@@ -54,6 +54,7 @@ __all__ = [
     "checkpoint_activations",
     "checkpoint_tensors",
     "class_of",
+    "config_parts",
     "config_text",
     "cut",
     "description_files",

@@ -13,6 +13,7 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass, _get_mode
 
 from shardwise.checkpoint.quantized import METHODS
 from shardwise.errors import CheckpointError, describe
+from shardwise.hf.configs import config_parts
 
 
 def resolve_model_class(
@@ -67,7 +68,7 @@ def quantization(config: PreTrainedConfig) -> tuple[str, dict[str, Any]] | None:
     Raises:
         CheckpointError: by a method that shardwise can't undo.
     """
-    for part in _parts(config):
+    for part in config_parts(config):
         found = getattr(part, "quantization_config", None)
         if found is None:
             continue
@@ -92,15 +93,11 @@ def quantization(config: PreTrainedConfig) -> tuple[str, dict[str, Any]] | None:
 def without_quantization(config: PreTrainedConfig) -> PreTrainedConfig:
     """A copy that is not quantized; where it doesn't say so, its dtype is bfloat16, as transformers has it then."""
     config = copy.deepcopy(config)
-    for part in _parts(config):
+    for part in config_parts(config):
         if getattr(part, "quantization_config", None) is not None:
             del part.quantization_config
     config.dtype = config.dtype or torch.bfloat16
     return config
-
-
-def _parts(config: PreTrainedConfig) -> list[Any]:
-    return [config, *(part for name in config.sub_configs if (part := getattr(config, name, None)) is not None)]
 
 
 def attach_generation_config(model: PreTrainedModel, path_or_id: str | os.PathLike[str], **hub_kwargs: Any) -> None:

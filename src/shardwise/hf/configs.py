@@ -1,4 +1,4 @@
-"""A model's config as a text, to be compared between processes."""
+"""The configs in a config, and a config as a text, to be compared between processes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 _OWN = frozenset({"_name_or_path", "transformers_version"})
 """What may differ between ranks: the same files may lie in other places."""
+
+
+def config_parts(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+    """`config`, and the configs inside of it (of its text model, of its towers)."""
+    inside = (getattr(config, name, None) for name in config.sub_configs)
+    return [config, *(part for part in inside if isinstance(part, PreTrainedConfig))]
 
 
 def config_text(model: nn.Module) -> str:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from shardwise.hf.configs import config_parts
+
 Shape = tuple[int, ...]
 ROWS = 2
 _FRAMES = 48
@@ -88,6 +90,4 @@ def _bands(part: object) -> int | None:
 
 def _parts(config: PreTrainedConfig) -> list[PreTrainedConfig]:
     """`config`, and the configs inside; the one that says how large an image is first."""
-    inside = (getattr(config, name, None) for name in config.sub_configs)
-    parts = [config, *(part for part in inside if isinstance(part, PreTrainedConfig))]
-    return sorted(parts, key=lambda part: getattr(part, "image_size", None) is None)
+    return sorted(config_parts(config), key=lambda part: getattr(part, "image_size", None) is None)

@@ -17,7 +17,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from shardwise import loading
 from shardwise.api import make_plan
 from shardwise.errors import ShardwiseError, describe
-from shardwise.hf import build_on_meta, class_of, is_rate, quantization, without_dropout
+from shardwise.hf import build_on_meta, class_of, config_parts, is_rate, quantization, without_dropout
 from shardwise.layers.registry import register_style
 from shardwise.mesh import local_device
 from shardwise.plan_file import is_plan_file
@@ -121,8 +121,8 @@ def _special_ids(config: PreTrainedConfig) -> set[int]:
 def _config(path: str) -> PreTrainedConfig:
     """The checkpoint's config with every dropout at zero: one process and a rank would not drop the same elements."""
     config = copy.deepcopy(AutoConfig.from_pretrained(path))
-    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
-        for name, value in list(vars(part).items()) if isinstance(part, PreTrainedConfig) else ():
+    for part in config_parts(config):
+        for name, value in list(vars(part).items()):
             if is_rate(name, value):
                 setattr(part, name, 0.0)
     return config
