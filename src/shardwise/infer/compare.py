@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf, isfinite
 
 import torch
 from torch import Tensor
@@ -107,10 +108,10 @@ def _gradient_error(
     softmax takes out) is compared with that.
     """
     if expected is None:
-        return float("inf") if actual is not None and bool(actual.any()) else 0.0
+        return inf if actual is not None and bool(actual.any()) else 0.0
     mine = row.layout.shard(expected, *plan.place(row, rank))
     if actual is None:
-        return float("inf") if bool(mine.any()) else 0.0
+        return inf if bool(mine.any()) else 0.0
     return _apart(actual, mine, max(_size(expected), largest * _NOISE))
 
 
@@ -128,14 +129,26 @@ def _error(actual: Tensor, expected: Tensor) -> float:
 
 def _apart(actual: Tensor, expected: Tensor, scale: float) -> float:
     """The largest difference, relative to `scale`; infinite where shapes differ, or where one alone is no number."""
-    finite = expected.isfinite()
-    if actual.shape != expected.shape or not torch.equal(actual.isfinite(), finite):
-        return float("inf")
-    largest = _size((actual.double() - expected.double())[finite])
-    return largest / scale if scale else float("inf") if largest else 0.0
+    if actual.shape != expected.shape:
+        return inf
+    largest = _extent(actual - expected)
+    if not isfinite(largest):
+        finite = expected.isfinite()
+        if not torch.equal(actual.isfinite(), finite):
+            return inf
+        largest = _extent(actual[finite] - expected[finite])
+    return largest / scale if scale else inf if largest else 0.0
 
 
 def _size(tensor: Tensor) -> float:
     """The largest absolute value of those that are finite."""
-    finite = tensor[tensor.isfinite()]
-    return finite.abs().max().item() if finite.numel() else 0.0
+    extent = _extent(tensor)
+    return extent if isfinite(extent) else _extent(tensor[tensor.isfinite()])
+
+
+def _extent(tensor: Tensor) -> float:
+    """The largest absolute value; no number where one of them is none. One pass over a whole vocabulary's logits."""
+    if not tensor.numel():
+        return 0.0
+    low, high = (tensor.abs() if tensor.is_complex() else tensor).aminmax()
+    return float(torch.maximum(low.abs(), high.abs()))
