@@ -18,7 +18,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import logging
 
 from shardwise.api import PlanLike, asked_ep_size, model_state, parallelize, proven_plan, same_everywhere
-from shardwise.checkpoint import dequantized, find_checkpoint, fingerprint, open_checkpoint
+from shardwise.checkpoint import CheckpointFiles, dequantized, find_checkpoint, fingerprint, open_checkpoint
 from shardwise.errors import PlanError, ShardwiseError, describe
 from shardwise.generation import same_random_state
 from shardwise.hf import (
@@ -208,10 +208,10 @@ class _Request:
             self.auto_class, given, path_or_id=self.path, trust_remote_code=self.trust, **self.hub
         )
         files = find_checkpoint(self.path, variant=self.variant, **self.hub)
-        tensors = open_checkpoint(files.files, files.index)
+        tensors = _opened(files, quantized := quantization(given))
         self.fingerprint = fingerprint(files)
-        if (quantized := quantization(given)) is not None:
-            tensors, config = dequantized(tensors, *quantized), without_quantization(config)
+        if quantized is not None:
+            config = without_quantization(config)
             self._say_dequantized(model_class, quantized[0])
         model, self.loading_info = load_lazily(
             model_class, config, tensors, dtype=self.dtype, seed=self.seed, strict=self.strict, **rest
@@ -277,8 +277,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises `CheckpointError` for a checkpoint that does not fit.
     """
     state = required_state(model)
-    files = find_checkpoint(os.fspath(path))
-    tensors = open_checkpoint(files.files, files.index)
+    tensors = _opened(find_checkpoint(path))
     lazily, _ = load_lazily(original_class(model), copy.deepcopy(model.config), tensors, dtype=model.dtype)  # type: ignore[arg-type]
     sources = dict((*lazily.named_parameters(remove_duplicate=False), *lazily.named_buffers()))
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -294,9 +293,7 @@ def load_dequantized(auto_class: Any, path: str, config: PreTrainedConfig, dtype
 
     Raises `CheckpointError` as `from_pretrained`.
     """
-    files, quantized = find_checkpoint(path), quantization(config)
-    tensors = open_checkpoint(files.files, files.index)
-    tensors = tensors if quantized is None else dequantized(tensors, *quantized)
+    tensors = _opened(find_checkpoint(path), quantization(config))
     weights = {key: read(tensor, tuple((0, length) for length in tensor.shape)) for key, tensor in tensors.items()}
     model_class, config = resolve_model_class(auto_class, config, path_or_id=path)
     model: PreTrainedModel = model_class.from_pretrained(
@@ -304,6 +301,12 @@ def load_dequantized(auto_class: Any, path: str, config: PreTrainedConfig, dtype
     )
     attach_generation_config(model, path)
     return model
+
+
+def _opened(files: CheckpointFiles, quantized: tuple[str, dict[str, Any]] | None = None) -> dict[str, LazyTensor]:
+    """The tensors of a checkpoint by their keys, as lazy ones; those of a `quantized` one (see `quantization`) dequantized."""
+    tensors = open_checkpoint(files.files, files.index)
+    return tensors if quantized is None else dequantized(tensors, *quantized)
 
 
 def read_shard(row: ShardSpec, tensor: Tensor, rank: int, size: int) -> Tensor:
