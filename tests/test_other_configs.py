@@ -84,7 +84,7 @@ def test_wrong_rule_is_found(name, change, problem_of, said, monkeypatch):
     """Guards: a check that no plan fails: each rule is right for another config, or in forward."""
     assert problem_of(name) == ""
     monkeypatch.setattr(
-        "shardwise.api.model_rules", lambda *args, **options: [change(r) for r in model_rules(*args, **options)]
+        "shardwise.planning.model_rules", lambda *args, **options: [change(r) for r in model_rules(*args, **options)]
     )
     assert re.search(said, problem_of(name))
 

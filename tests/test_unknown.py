@@ -9,7 +9,7 @@ import pytest
 from torch import nn
 
 import shardwise
-from shardwise import api, coverage, tiny
+from shardwise import coverage, planning, tiny
 from shardwise.errors import PlanError
 from shardwise.infer import cut_share, unknown
 from shardwise.spec import Rule
@@ -19,7 +19,7 @@ from shardwise.tiny.sizes import NO_DROPOUT
 @pytest.fixture(autouse=True)
 def nothing_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if no plan were kept of any type."""
-    monkeypatch.setattr(api, "frozen_model_rules", lambda model, size: [])
+    monkeypatch.setattr(planning, "frozen_model_rules", lambda model, size: [])
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def rules(**styles: str) -> list[Rule]:
 def test_the_rest_of_a_plan_is_inferred(bert, monkeypatch, caplog):
     """Guards: a plan for a part of a model that is refused, or dropped where the rest is inferred."""
     own = rules(intermediate_dense="colwise", output_dense="rowwise")
-    monkeypatch.setattr(api, "model_rules", lambda *args, **keywords: own)
+    monkeypatch.setattr(planning, "model_rules", lambda *args, **keywords: own)
     with caplog.at_level(logging.WARNING):
         plan = shardwise.plan(bert, 2)
     sources = {row.name.removeprefix("bert.encoder.layer.1."): row.rule.source for row in plan if row.sharded}
@@ -68,7 +68,7 @@ def test_many_small_parts_are_inferred(bert, monkeypatch):
     """Guards: a model of which the rules name the smaller half, taken as it is since no family of the rest is large."""
     monkeypatch.setattr(coverage, "LARGE", 0.5)
     own = rules(intermediate_dense="colwise", output_dense="rowwise")
-    monkeypatch.setattr(api, "model_rules", lambda *args, **keywords: own)
+    monkeypatch.setattr(planning, "model_rules", lambda *args, **keywords: own)
     plan = shardwise.plan(bert, 2)
     assert cut_share(plan) > 0.9
     monkeypatch.setattr(unknown, "LEAST", 0.99)  # then it stays as it was
@@ -77,7 +77,7 @@ def test_many_small_parts_are_inferred(bert, monkeypatch):
 
 def test_a_wrong_part_of_a_plan_is_not_taken(bert, monkeypatch, caplog):
     """Guards: rules of a model's own that are wrong for its options, beside which all that is inferred would fail, too."""
-    monkeypatch.setattr(api, "model_rules", lambda *args, **keywords: rules(intermediate_dense="colwise"))
+    monkeypatch.setattr(planning, "model_rules", lambda *args, **keywords: rules(intermediate_dense="colwise"))
     with caplog.at_level(logging.WARNING):
         plan = shardwise.plan(bert, 2)
     assert "which is wrong: another one was inferred" in caplog.text
@@ -93,7 +93,7 @@ def test_a_model_that_does_not_run_is_refused(bert, monkeypatch):
     monkeypatch.setattr(unknown, "infer", lambda *args, **keywords: fails())
     with pytest.raises(PlanError, match="inputs made up for it: ZeroDivisionError: in the model"):
         shardwise.plan(bert, 2)
-    monkeypatch.setattr(api, "model_rules", lambda *args, **keywords: rules(intermediate_dense="colwise"))
+    monkeypatch.setattr(planning, "model_rules", lambda *args, **keywords: rules(intermediate_dense="colwise"))
     with pytest.raises(PlanError, match=r"(?s)no rule names these matrices.*none for the rest can be inferred"):
         shardwise.plan(bert, 2)
 

@@ -9,7 +9,6 @@ differentiable call. Each of transformers' Auto classes has its twin here.
 
 from typing import TYPE_CHECKING, Any
 
-from shardwise.api import make_plan as plan
 from shardwise.api import parallelize, unparallelize
 from shardwise.auto import auto_class
 from shardwise.debug import CollectiveTrace, break_on, trace_collectives
@@ -28,6 +27,7 @@ from shardwise.layers import ParallelStyle
 from shardwise.layers.registry import register_style
 from shardwise.plan import Plan
 from shardwise.plan_file import load_plan
+from shardwise.planning import make_plan as plan
 from shardwise.profiling import profile, profiler
 from shardwise.state import full_gradients, full_state_dict
 from shardwise.training import clip_grad_norm_

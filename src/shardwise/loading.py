@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import logging
 
-from shardwise.api import PlanLike, asked_ep_size, model_state, parallelize, proven_plan, same_everywhere
+from shardwise.api import model_state, parallelize, same_everywhere
 from shardwise.checkpoint import CheckpointFiles, dequantized, find_checkpoint, fingerprint, open_checkpoint
 from shardwise.errors import PlanError, ShardwiseError, describe
 from shardwise.generation import same_random_state
@@ -36,6 +36,7 @@ from shardwise.mesh import expert_axis, local_device, tp_mesh
 from shardwise.model import ShardedModel
 from shardwise.model_state import ModelState, required_state
 from shardwise.parallelize import apply_plan
+from shardwise.planning import PlanLike, asked_ep_size, proven_plan
 from shardwise.rendezvous import START_TIMEOUT, meet
 from shardwise.replicas import check_same, together
 from shardwise.spec import ShardSpec

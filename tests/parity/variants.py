@@ -111,7 +111,7 @@ def problem(config: PreTrainedConfig, size: int) -> str:
     Raises `Inferred` where it would be inferred, `PlanError` where there is none, and what the plain model raises.
     """
     model = on_meta(config)
-    with patch("shardwise.api.plan_unknown", side_effect=Inferred):
+    with patch("shardwise.planning.plan_unknown", side_effect=Inferred):
         plan = shardwise.plan(model, size)
     proof = examine(plan, model)
     return "" if proof.problem is None else f"tp={size}: {proof.problem}"

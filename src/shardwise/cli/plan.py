@@ -13,7 +13,6 @@ from rich.console import Console, RenderableType
 from transformers import PreTrainedConfig
 
 import shardwise
-from shardwise.api import PlanLike, proven_plan
 from shardwise.cli.app import app
 from shardwise.cli.rules import HELP, read_rules
 from shardwise.errors import SimulationError
@@ -21,6 +20,7 @@ from shardwise.estimate import Comparison, Estimate, compare, estimate, show
 from shardwise.hf import build_on_meta
 from shardwise.plan import Plan
 from shardwise.plan import show as plan_show
+from shardwise.planning import PlanLike, proven_plan
 from shardwise.quiet import quiet
 from shardwise.subject import find_config, positions
 

@@ -10,12 +10,12 @@ from rich.console import RenderableType
 from rich.table import Table
 from transformers import PreTrainedConfig
 
-from shardwise.api import PlanLike, make_plan
 from shardwise.errors import PlanError, SimulationError
 from shardwise.estimate.result import Estimate
 from shardwise.estimate.run import estimate
 from shardwise.plan import Plan
 from shardwise.plan.notes import notes
+from shardwise.planning import PlanLike, make_plan
 from shardwise.report import Page, Section, as_text
 
 _LEGEND = "MiB on a rank; share: parameters, in parts of 1/tp; a step's collectives, and what a rank puts in."

@@ -8,7 +8,6 @@ from typing import Literal
 import torch
 from transformers import PreTrainedConfig
 
-from shardwise.api import PlanLike, make_plan
 from shardwise.estimate.kinds import first_layers
 from shardwise.estimate.result import Estimate
 from shardwise.estimate.simulate import Setting, Simulation, simulate
@@ -16,6 +15,7 @@ from shardwise.estimate.step import OPTIMIZERS, OptimizerName, Step
 from shardwise.hf import config_parts
 from shardwise.mesh import device_type
 from shardwise.plan import Plan
+from shardwise.planning import PlanLike, make_plan
 
 
 def estimate(

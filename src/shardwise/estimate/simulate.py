@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import PreTrainedConfig
 
-from shardwise.api import PlanLike, parallelize
+from shardwise.api import parallelize
 from shardwise.debug.operators import Call
 from shardwise.debug.record import Collective
 from shardwise.debug.watch import Watch
@@ -25,6 +25,7 @@ from shardwise.estimate.flow import Flow, Node
 from shardwise.estimate.live import Live, Moment, bytes_of
 from shardwise.estimate.step import Step
 from shardwise.hf import build_on_meta, checkpoint_activations
+from shardwise.planning import PlanLike
 from shardwise.testing.fake import fake_rank
 
 

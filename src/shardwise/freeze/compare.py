@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import nn
 from transformers import PreTrainedConfig
 
-from shardwise.api import make_plan
 from shardwise.errors import PlanError
 from shardwise.freeze.own import difference, own, plan_difference
 from shardwise.freeze.recorded import SIZE
@@ -13,6 +12,7 @@ from shardwise.freeze.sizes import models, tiny_config
 from shardwise.hf import base_model, model_rules
 from shardwise.infer import infer_plan
 from shardwise.plan import Plan, wildcard
+from shardwise.planning import make_plan
 from shardwise.plans.frozen import Frozen, frozen, other_option
 
 

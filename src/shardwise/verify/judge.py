@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shardwise.api import make_plan
 from shardwise.hf import build_on_meta
 from shardwise.infer import Proof
 from shardwise.plan import Plan
+from shardwise.planning import make_plan
 from shardwise.spec import ModuleSpec, ShardSpec
 from shardwise.verify.arrange import Same
 from shardwise.verify.checks import Findings, make_checks, measure_ranks, saved_by_ranks

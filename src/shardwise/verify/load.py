@@ -15,12 +15,12 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from shardwise import loading
-from shardwise.api import make_plan
 from shardwise.errors import ShardwiseError, describe
 from shardwise.hf import build_on_meta, class_of, config_parts, is_rate, quantization, without_dropout
 from shardwise.layers.registry import register_style
 from shardwise.mesh import local_device
 from shardwise.plan_file import is_plan_file
+from shardwise.planning import make_plan
 from shardwise.verify.settings import Settings
 
 Feed = Mapping[str, Tensor]

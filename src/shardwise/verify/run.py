@@ -15,13 +15,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
-from shardwise.api import make_plan
 from shardwise.errors import MeshError, ShardwiseError, describe
 from shardwise.hf import build_on_meta
 from shardwise.launch import launched, run_as_ranks
 from shardwise.layers.registry import registered_style
 from shardwise.mesh import tp_mesh
 from shardwise.plan import Plan
+from shardwise.planning import make_plan
 from shardwise.quiet import quiet
 from shardwise.rendezvous import meet_ranks
 from shardwise.sequence import with_sequence
