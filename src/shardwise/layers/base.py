@@ -102,8 +102,8 @@ class ShardState:
             nothing to share.
         restore: attributes as they were before, for the way back.
         summed: while the module's forward runs, the parameters that it has read whose gradient is summed; else None.
-        inside: the forward of a layer runs whose parameters are gathered where they are read elsewhere.
-        without_bias: a forward of the module's own runs, and must not add the bias, which is added after a sum.
+        own_forward: the layer's own forward runs, which reads its weight and bias otherwise than everybody else: not gathered
+            (`ReadWhole`), or without the bias, which is added after a sum (`RowwiseParallel`).
         stream: what the modules of a sequence-parallel model share; None of another.
         stream_parameters: of a decoder layer of such a model, the whole parameters that see a slice of the positions, each by
             the path of its module and its name.
@@ -120,8 +120,7 @@ class ShardState:
     region: Region | None = None
     restore: dict[str, object] = field(default_factory=dict)
     summed: dict[str, Tensor] | None = None
-    inside: bool = False
-    without_bias: bool = False
+    own_forward: bool = False
     stream: Stream | None = None
     stream_parameters: tuple[tuple[tuple[str, ...], str], ...] = ()
 

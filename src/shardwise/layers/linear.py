@@ -118,16 +118,16 @@ class ReadWhole(ParallelStyle):
         return self._read("bias")
 
     def forward(self, input: Tensor) -> Tensor:
-        self._tp.inside = True
+        self._tp.own_forward = True
         try:
             output: Tensor = super().forward(input)
         finally:
-            self._tp.inside = False
+            self._tp.own_forward = False
         return output
 
     def _read(self, name: str) -> Tensor | None:
         state, own = self._tp, self._parameters[name]
-        if own is None or state.inside or name not in state.sizes:
+        if own is None or state.own_forward or name not in state.sizes:
             return own
         return gather_from_tp(own, state.mesh, 0, state.sizes[name])
 
@@ -159,7 +159,7 @@ class RowwiseParallel(LinearStyle):
         """None while a forward of the module's own runs, which would add it on every rank."""
         if "bias" not in self._parameters:
             raise AttributeError(f"{type(self).__name__} has no bias")
-        return None if self._tp.without_bias else self._parameters["bias"]
+        return None if self._tp.own_forward else self._parameters["bias"]
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.compiler.is_compiling() and self._facts["plain"]:
@@ -180,11 +180,11 @@ class RowwiseParallel(LinearStyle):
         return torch.matmul(input, weight) if self._tp.transposed else linear(input, weight)
 
     def _without_bias(self, input: Tensor) -> Tensor:
-        self._tp.without_bias = True
+        self._tp.own_forward = True
         try:
             partial: Tensor = super().forward(input)
         finally:
-            self._tp.without_bias = False
+            self._tp.own_forward = False
         return partial
 
 

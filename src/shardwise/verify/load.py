@@ -62,9 +62,8 @@ def load_sharded(settings: Settings, path: str, dtype: torch.dtype, **changed: A
     """This rank's part of it. Collective."""
     config, options = _config(path), {**settings.loading(), **changed}
     rules, ep = options["tp_plan"], options["ep_size"]
-    if isinstance(rules, Mapping) or is_plan_file(
-        rules
-    ):  # which would be refused where they are wrong, and what is wrong is to be found here
+    if isinstance(rules, Mapping) or is_plan_file(rules):
+        # Wrong rules would be refused; a `Plan` is taken as it is, and what is wrong with it is to be found here.
         options["tp_plan"] = make_plan(build_on_meta(config), settings.tp, rules, ep_size=ep)
     model = loading.from_pretrained(class_of(config), path, config=config, dtype=dtype, **options)
     return _without_dropout(model).train()
