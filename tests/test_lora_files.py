@@ -107,7 +107,7 @@ def save_on_one_rank(path: Path, folder: Path) -> str:
     if dist.get_rank():
         return ""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shardwise.state, "meet", partial(meet, timeout=0.5))
+        patch.setattr(shardwise.gathering, "meet", partial(meet, timeout=0.5))
         with pytest.raises(MissingRankError) as error:
             model.save_pretrained(folder)
     return str(error.value)

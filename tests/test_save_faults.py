@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import shardwise
-from shardwise import storage
 from shardwise.errors import ShardwiseError
-from shardwise.generation import same_random_state
 from shardwise.model_state import required_state
+from shardwise.random_state import same_random_state
+from shardwise.storage import writer as storage
 from shardwise.testing import RankError
 
 COMMON = {

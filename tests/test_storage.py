@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 
-import shardwise.storage as storage
+import shardwise.storage.writer as storage
 from checkpoint_files import OLD, listing, load, refuse, same, save, tiny_llama
 from shardwise.errors import CheckpointError
 from shardwise.storage import CheckpointWriter, Entry, plan_files

@@ -22,6 +22,7 @@ from shardwise.errors import (
     SimulationError,
 )
 from shardwise.estimate import Estimate, estimate
+from shardwise.gathering import full_gradients, full_state_dict
 from shardwise.infer import infer_plan, prove
 from shardwise.layers import ParallelStyle
 from shardwise.layers.registry import register_style
@@ -29,7 +30,6 @@ from shardwise.plan import Plan
 from shardwise.plan_file import load_plan
 from shardwise.planning import make_plan as plan
 from shardwise.profiling import profile, profiler
-from shardwise.state import full_gradients, full_state_dict
 from shardwise.training import clip_grad_norm_
 from shardwise.verify import verify
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from shardwise.adapters import adapted_model
 from shardwise.errors import PlanError, describe
-from shardwise.generation import same_random_state
+from shardwise.gathering import gather_full
 from shardwise.hf import config_text, hidden_states_are_recorded
 from shardwise.layers import ColwiseParallel, Stream
 from shardwise.mesh import expert_axis, local_device, tp_mesh
@@ -17,11 +17,11 @@ from shardwise.model_state import ModelState, refuse_parallel, state_of
 from shardwise.parallelize import apply_plan, put_adapters_back, remove_plan, take_adapters_out
 from shardwise.plan import Plan
 from shardwise.planning import PlanLike, asked_ep_size, proven_plan
+from shardwise.random_state import same_random_state
 from shardwise.rendezvous import START_TIMEOUT, meet
 from shardwise.replicas import check_same, check_same_weights, together
 from shardwise.sequence import has_sequence, with_sequence
 from shardwise.spec import ShardSpec
-from shardwise.state import gather_full
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

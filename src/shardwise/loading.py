@@ -20,7 +20,6 @@ from transformers.utils import logging
 from shardwise.api import model_state, parallelize, same_everywhere
 from shardwise.checkpoint import CheckpointFiles, dequantized, find_checkpoint, fingerprint, open_checkpoint
 from shardwise.errors import PlanError, ShardwiseError, describe
-from shardwise.generation import same_random_state
 from shardwise.hf import (
     adapter_and_base,
     attach_generation_config,
@@ -37,6 +36,7 @@ from shardwise.model import ShardedModel
 from shardwise.model_state import ModelState, required_state
 from shardwise.parallelize import apply_plan
 from shardwise.planning import PlanLike, asked_ep_size, proven_plan
+from shardwise.random_state import same_random_state
 from shardwise.rendezvous import START_TIMEOUT, meet
 from shardwise.replicas import check_same, together
 from shardwise.spec import ShardSpec

@@ -14,15 +14,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from shardwise.errors import ShardwiseError, describe
-from shardwise.generation import same_random_state
+from shardwise.gathering import cut_full_tensors, gather_adapters
 from shardwise.hf import AdaptersSeen, attentions_are_asked_for, gather_attentions, load_adapter, save_adapter
 from shardwise.layers import ParallelStyle
 from shardwise.model_state import required_state
 from shardwise.parallelize import apply_adapters, let_weight_be_read
+from shardwise.random_state import same_random_state
 from shardwise.rendezvous import meet
 from shardwise.replicas import refuse_data_parallel
 from shardwise.saving import save_pretrained
-from shardwise.state import cut_full_tensors, gather_adapters
 
 
 class ShardedModel(ParallelStyle):

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shardwise.errors import CheckpointError, ShardwiseError, describe
+from shardwise.gathering import gather_to_first
 from shardwise.hf import checkpoint_tensors, description_files
 from shardwise.lazy import Box, LazyTensor, lazy, read
 from shardwise.mesh import all_replicas, is_first_replica, local_device, replica_groups
@@ -22,7 +23,6 @@ from shardwise.model_state import ModelState, plain_name, required_state, row_of
 from shardwise.rendezvous import DEFAULT_TIMEOUT, meet_ranks
 from shardwise.replicas import check_same_arguments
 from shardwise.spec import ShardSpec
-from shardwise.state import gather_to_first
 from shardwise.storage import CheckpointWriter, Entry, FilePlan, plan_files
 
 if TYPE_CHECKING:

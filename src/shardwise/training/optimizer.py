@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from shardwise.errors import ShardwiseError, describe
+from shardwise.gathering import gather_to_first
 from shardwise.model_state import ModelState, parallel_parts, row_of
 from shardwise.rendezvous import meet
 from shardwise.spec import ShardSpec
-from shardwise.state import gather_to_first
 
 _Place = tuple[ModelState, ShardSpec]
 

@@ -1,14 +1,4 @@
-"""Write an ordinary Hugging Face checkpoint one tensor at a time.
-
-    plan = plan_files(entries, max_shard_size="5GB")              # pure: the same on every rank
-    with CheckpointWriter(directory, plan) as writer:             # on the rank that writes
-        for entry in plan.entries:
-            writer.write(entry, full_tensor(entry.name))          # goes to the disk at once; or some rows at a time
-        writer.add_file("config.json", config)
-
-The files are byte for byte those of `safetensors.torch.save_file`, under transformers' names. They appear in the directory when
-the block ends, all together (see `publish`); a block left by an exception, or killed, leaves the earlier checkpoint as it was.
-"""
+"""The files of a checkpoint, written tensor by tensor into a staging directory, and published together at the end."""
 
 from __future__ import annotations
 
@@ -27,11 +17,9 @@ import torch
 from torch import Tensor
 
 from shardwise.errors import CheckpointError, describe
-from shardwise.publish import Staged, publish
-from shardwise.shard_files import Entry, FilePlan, Names, ShardFile, plan_files, safetensors_header, spell
-from shardwise.staging import open_staging, write_synced
-
-__all__ = ["CheckpointWriter", "Entry", "FilePlan", "Names", "ShardFile", "plan_files"]
+from shardwise.storage.publish import Staged, publish
+from shardwise.storage.shard_files import Entry, FilePlan, safetensors_header, spell
+from shardwise.storage.staging import open_staging, write_synced
 
 _CHUNK_BYTES = 64 * 2**20
 

@@ -1,6 +1,6 @@
 """The files of a Hugging Face checkpoint: their names, which tensors go into which, and the bytes in front of the tensors.
 
-Nothing is written here; `storage` does that. The rules are those of the libraries, and are asked of them where they can be:
+Nothing is written here; `writer` does that. The rules are those of the libraries, and are asked of them where they can be:
 `huggingface_hub` splits the tensors over files, safetensors itself says in which order they lie in one.
 """
 

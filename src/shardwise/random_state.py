@@ -1,4 +1,4 @@
-"""What `generate` needs beyond the model's own: every rank must draw the same random numbers."""
+"""The ranks' random states in step: what all have in common, they must draw alike."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 def same_random_state(mesh: DeviceMesh) -> None:
-    """Give every rank the first rank's random state, so that sampling draws the same tokens, those that one process would.
-    Collective.
+    """Give every rank the first rank's random state, so that sampling draws the tokens that one process would, and dropout
+    the same elements of what all ranks compute. Collective.
 
     The states are torch's, on GPUs also that of the device, and numpy's, from which speech models draw what they mask.
     """

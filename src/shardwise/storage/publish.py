@@ -22,8 +22,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from shardwise.shard_files import Names
-from shardwise.staging import sync_directory, write_synced
+from shardwise.storage.shard_files import Names
+from shardwise.storage.staging import sync_directory, write_synced
 
 _BACKUP_SUFFIX = ".earlier"
 
