@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 import shardwise
 from llamas import llama
-from shardwise import mesh
+from shardwise import mesh, process_group
 from shardwise.errors import MeshError, MissingRankError
 from shardwise.rendezvous import meeting_place
 from shardwise.testing import RankPool
@@ -28,7 +28,6 @@ def _started(devices: dict[str, str]) -> tuple[str, int, list[str]]:
     handler.emit = lambda record: said.append(record.getMessage())
     logging.getLogger("shardwise").addHandler(handler)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mesh, "device_type", lambda: "cuda")
         patch.setattr(torch.accelerator, "device_count", lambda: 1)
         patch.setattr(torch.accelerator, "set_device_index", chosen.append)
         patch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -36,7 +35,7 @@ def _started(devices: dict[str, str]) -> tuple[str, int, list[str]]:
         patch.setattr(
             dist, "init_process_group", lambda backend, store, rank, world_size: asked.append((backend, rank, world_size))
         )
-        mesh._start_process_group()
+        process_group.start_process_group("cuda")
     logging.getLogger("shardwise").removeHandler(handler)
     ((backend, rank, size),) = asked
     assert (str(rank), str(size)) == (os.environ["RANK"], os.environ["WORLD_SIZE"])

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 import shardwise
 from llamas import llama
-from shardwise import mesh
+from shardwise import mesh, process_group
 from shardwise.testing import RankPool
 
 pytestmark = pytest.mark.timeout(120)
@@ -30,7 +30,7 @@ def _started(port: int, refused: dict[int, str], machines: dict[int, str]) -> st
         patch.setenv("MASTER_PORT", str(port))
         patch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
         if rank in refused:
-            patch.setenv(mesh.CPU_BACKEND, refused[rank])
+            patch.setenv(process_group.CPU_BACKEND, refused[rank])
         if rank in machines:
             patch.setattr(platform, "machine", lambda: machines[rank])
         axis = mesh.tp_mesh()
@@ -62,9 +62,9 @@ def test_all_ranks_start_with_the_same_backend(unstarted, refused, machines, exp
 
 def test_an_unknown_backend_is_named(monkeypatch):
     """Guards: a mistyped value taken for the default."""
-    monkeypatch.setenv(mesh.CPU_BACKEND, "golo")
+    monkeypatch.setenv(process_group.CPU_BACKEND, "golo")
     with pytest.raises(shardwise.MeshError, match="SHARDWISE_CPU_BACKEND=golo names no backend"):
-        mesh._wanted_cpu_backend()
+        process_group._wanted_cpu_backend()
 
 
 def _refused(port: int) -> str:

@@ -6,26 +6,18 @@ Nothing is kept here: a mesh travels with the modules that use it, so two models
 
 from __future__ import annotations
 
-import atexit
-import logging
 import os
 import sys
-import time
-from functools import cache
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import Store
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from shardwise import shm
 from shardwise.errors import MeshError, describe
-from shardwise.rendezvous import START_TIMEOUT, meet_ranks, meeting_place
+from shardwise.process_group import check_variables, settle_at_exit, start_process_group
+from shardwise.rendezvous import START_TIMEOUT, meet_ranks
 
 TP_AXIS = "tp"
-
-CPU_BACKEND = "SHARDWISE_CPU_BACKEND"
-"""The environment variable that can say `gloo`, for collectives on CPUs."""
 
 
 def started_ranks(otherwise: int) -> int:
@@ -42,24 +34,22 @@ def tp_mesh(tp_size: int | None = None, device_mesh: DeviceMesh | None = None, e
         device_mesh: a mesh of the caller's: its axis named `"tp"`, or its only axis.
         ep_size: ranks to which experts will be dealt, see `expert_axis`.
 
-    Starts the default process group when nobody has and torchrun's variables are set: nccl on GPUs, gloo with a warning where
-    ranks share one; on CPUs shared memory (`shardwise.shm`) where all ranks are on one host that can, else gloo, and gloo also
-    with `SHARDWISE_CPU_BACKEND=gloo` in the environment.
+    Starts the default process group when nobody has and torchrun's variables are set, see `start_process_group`.
     Raises `MeshError` for sizes that the processes cannot form, where several ranks are asked of a single process, and for
     variables that are wrong; `MissingRankError` when some process never comes; `MismatchError` when ranks ask for other sizes.
     """
     _check_kinds(tp_size, device_mesh)
     if device_mesh is not None:
-        _settle_at_exit()
+        settle_at_exit()
         return _given_axis(device_mesh, tp_size)
     if not dist.is_initialized():
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-            _check_variables()
+            check_variables()
             _check_single_process("tp_size", tp_size)
             _check_single_process("ep_size", ep_size)
             return None
-        _start_process_group()
-    _settle_at_exit()
+        start_process_group(device_type())
+    settle_at_exit()
     world = dist.get_world_size()
     size = world if tp_size is None else tp_size
     said = f"tp_size={size}, ep_size={ep_size}"
@@ -97,85 +87,6 @@ def point_to_point_device(mesh: DeviceMesh) -> torch.device:
     """The device between which `dist.send` and `dist.recv` carry tensors: this rank's own, but gloo sends from CPUs only."""
     own = local_device(mesh)
     return torch.device("cpu") if f"{own.type}:gloo" in dist.get_backend_config(mesh.get_group()).split(",") else own
-
-
-def _start_process_group() -> None:
-    kind = device_type()
-    wanted = _wanted_cpu_backend()
-    if kind != "cpu":
-        torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")) % torch.accelerator.device_count())
-    if kind not in ("cpu", "cuda"):
-        dist.init_process_group()
-        return
-    store, rank, size = meeting_place()
-    shared = []
-    if kind == "cuda":
-        shared = shared_devices(store, rank, size, str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid))
-    if shared and rank == 0:
-        logging.getLogger(__name__).warning(
-            "Ranks %s share a GPU, which nccl refuses: gloo is used, and every collective goes through the CPU, slowly. "
-            "For speed, and for torch.compile, whose collectives end the process there, start no more ranks than GPUs.",
-            " and ".join(map(str, shared)),
-        )
-    own = "gloo" if shared else _cpu_backend(wanted, store, rank, size)
-    backend = own if shared else f"cpu:{own}" if kind == "cpu" else f"cpu:{own},cuda:nccl"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-    store.set_timeout(dist.default_pg_timeout)
-
-
-def _wanted_cpu_backend() -> str:
-    wanted = os.environ.get(CPU_BACKEND, shm.BACKEND)
-    if wanted not in ("gloo", shm.BACKEND):
-        raise MeshError(
-            describe(
-                f"{CPU_BACKEND}={wanted} names no backend for CPUs.",
-                either=[f"{CPU_BACKEND}=gloo, or", "leave it out: shm where all ranks are on one host that can, else gloo"],
-            )
-        )
-    return wanted
-
-
-def _cpu_backend(wanted: str, store: Store, rank: int, size: int) -> str:
-    """The same on every rank, whatever the others want: gloo, unless all can have and none refuses shared memory."""
-    return shm.BACKEND if shm.why_not(store, rank, size, refused=wanted == "gloo") is None else "gloo"
-
-
-def shared_devices(store: Store, rank: int, size: int, device: str) -> list[int]:
-    """The first ranks found that compute on one device; none where each has its own. Collective, through the `store`.
-
-    `device` names this rank's device among those of all machines. Every rank gets the same answer, so all can choose the same
-    backend; counting the devices that a rank sees would not do, as a launcher may show each rank its own alone.
-    """
-    store.set(f"shardwise/device/{rank}", device)
-    holders: dict[str, list[int]] = {}
-    for other in range(size):
-        holders.setdefault(store.get(f"shardwise/device/{other}").decode(), []).append(other)
-    return next((ranks for ranks in holders.values() if len(ranks) > 1), [])
-
-
-@cache
-def _settle_at_exit() -> None:
-    """Let gloo's threads finish before the interpreter goes away, once a process.
-
-    A gloo thread frees the tensors of a collective some microseconds after the main thread has its result. If Python is already
-    finalizing by then, that thread is unwound inside a destructor, and the process aborts with "terminate called without an
-    active exception" (torch 2.13: 21 of 32 runs of a script that ends right behind an all-reduce; with the pause, 0 of 24).
-    """
-    atexit.register(time.sleep, 0.1)
-
-
-def _check_variables() -> None:
-    """Raise `MeshError` where only one of the launcher's variables is set: each process would load the whole model."""
-    missing = "RANK" if "RANK" not in os.environ else "WORLD_SIZE"
-    size, rank = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK", "0")
-    if (size, rank) != ("1", "0"):
-        name, value = ("WORLD_SIZE", size) if missing == "RANK" else ("RANK", rank)
-        raise MeshError(
-            describe(
-                f"{name}={value} is set, and {missing} is not: is this one of several processes, or the only one?",
-                either=[f"start with torchrun, which sets both, or set {missing}, or", f"take {name} out of the environment"],
-            )
-        )
 
 
 def _check_single_process(name: str, size: int | None) -> None:
