@@ -61,7 +61,7 @@ def test_plan_of_a_large_config(name):
 def shrunk(monkeypatch: pytest.MonkeyPatch, elements: int = 256) -> None:
     """Tiny models as if they were large: weights of `elements` have no values."""
     for module in ("shardwise.hf.specimen", "shardwise.infer.values", "shardwise.infer.subject"):
-        monkeypatch.setattr(f"{module}.LARGE", 1000, raising=False)
+        monkeypatch.setattr(f"{module}.LARGE_MODEL", 1000, raising=False)
         monkeypatch.setattr(f"{module}.LARGE_WEIGHT", elements, raising=False)
 
 

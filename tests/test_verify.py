@@ -19,6 +19,7 @@ from broken_styles import STYLES
 from shardwise.errors import MeshError, PlanError, ShardwiseError
 from shardwise.testing import RankPool
 from shardwise.verify import Verification
+from shardwise.verify.attempt import Raised, attempt
 from shardwise.verify.compare import (
     Exact,
     Rounded,
@@ -30,7 +31,6 @@ from shardwise.verify.compare import (
 from shardwise.verify.measure import Found, Generated
 from shardwise.verify.proven import island_of
 from shardwise.verify.result import Check, Culprit, Hypothesis
-from shardwise.verify.together import Raised, together
 from verified import search_here, verify_here
 
 ATTENTION, MLP = "layers.*.self_attn", "layers.*.mlp"
@@ -217,7 +217,7 @@ def raise_on_one(names: tuple[int, ...]) -> object:
         return "done"
 
     try:
-        return together("a test", run, seconds=1.0)
+        return attempt("a test", run, seconds=1.0)
     except ValueError:
         return "raised"
 

@@ -60,6 +60,11 @@ def describe(headline: str, **facts: str | Iterable[str]) -> str:
     return "\n".join(lines)
 
 
+def first_of(lines: Sequence[str], most: int) -> list[str]:
+    """The first lines of a fact that may have many, and how many more there are."""
+    return [*lines[:most], *([f"and {len(lines) - most} more"] if len(lines) > most else [])]
+
+
 def ranks_in_words(ranks: Sequence[int]) -> str:
     """How messages name ranks: "rank 1", "ranks 0, 2"."""
     return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))

@@ -2,44 +2,44 @@
 
 | | |
 |---|---|
-| `rules` | the plan that a model brings |
-| `towers` | what lies around the text model of a vision-language or audio model |
-| `auto` | which class an Auto class stands for, generation config |
+| `rules`, `towers` | the plan that a model brings; what lies around the text model of a vision-language or audio model |
+| `build` | the model of a config |
+| `auto`, `quantization` | which class an Auto class stands for, generation config; whether weights are quantized |
 | `load`, `checks` | a model made of lazy tensors, and whether the checkpoint fitted it |
-| `recording`, `attentions` | what is collected while a model runs |
-| `adapters` | loading and saving of PEFT's adapters |
-| `simulating` | what a model must be told when it runs on tensors without values |
-| `configs` | a config as a text |
 | `saving` | which tensors a checkpoint has, under which names |
-| `kinds` | layers that do the same |
-| `specimen`, `feeds` | a model to try plans out on, and what to call it with |
+| `adapters` | loading and saving of PEFT's adapters |
+| `recording`, `attentions` | what is collected while a model runs |
+| `configs`, `kinds` | the configs in a config, and one as a text; layers that do the same, and configs with fewer |
+| `specimen`, `feeds`, `senses` | a model to try plans out on, and what to call it with: texts, images and sounds |
+| `dropout` | a model without dropout |
+| `simulating` | what a model must be told when it runs on tensors without values |
 """
 
 from shardwise.hf.adapters import AdaptersSeen, adapter_and_base, load_adapter, save_adapter
 from shardwise.hf.attentions import attentions_are_asked_for, gather_attentions
-from shardwise.hf.auto import attach_generation_config, quantization, resolve_model_class, without_quantization
+from shardwise.hf.auto import attach_generation_config, resolve_model_class
+from shardwise.hf.build import build, build_on_meta, class_of
 from shardwise.hf.configs import config_parts, config_text
-from shardwise.hf.feeds import in_training, is_rate, sample_feeds, without_dropout
+from shardwise.hf.dropout import config_without_dropout, without_dropout
+from shardwise.hf.feeds import in_training, sample_feeds
 from shardwise.hf.kinds import cut, layer_kinds, layer_of
 from shardwise.hf.load import load_lazily
+from shardwise.hf.quantization import quantization, without_quantization
 from shardwise.hf.recording import hidden_states_are_recorded
 from shardwise.hf.rules import (
     base_model,
     base_prefixes,
-    build,
-    build_on_meta,
     check_head,
-    class_of,
     frozen_model_rules,
     has_expert_plan,
     model_rules,
 )
 from shardwise.hf.saving import checkpoint_tensors, description_files
 from shardwise.hf.simulating import checkpoint_activations, unpacked_sequences
-from shardwise.hf.specimen import LARGE, LARGE_WEIGHT, Feed, elements, origin_of, specimen
+from shardwise.hf.specimen import LARGE_MODEL, LARGE_WEIGHT, Feed, elements, origin_of, specimen
 
 __all__ = [
-    "LARGE",
+    "LARGE_MODEL",
     "LARGE_WEIGHT",
     "AdaptersSeen",
     "Feed",
@@ -56,6 +56,7 @@ __all__ = [
     "class_of",
     "config_parts",
     "config_text",
+    "config_without_dropout",
     "cut",
     "description_files",
     "elements",
@@ -64,7 +65,6 @@ __all__ = [
     "has_expert_plan",
     "hidden_states_are_recorded",
     "in_training",
-    "is_rate",
     "layer_kinds",
     "layer_of",
     "load_adapter",

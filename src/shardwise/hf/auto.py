@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from typing import Any
 
-import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module, resolve_trust_remote_code
 from transformers.models.auto.auto_factory import _BaseAutoModelClass, _get_model_class, add_generation_mixin_to_remote_model
 
-from shardwise.checkpoint.quantized import METHODS
-from shardwise.errors import CheckpointError, describe
-from shardwise.hf.configs import config_parts
+from shardwise.errors import describe
+from shardwise.hf.quantization import quantization
 
 
 def resolve_model_class(
@@ -60,44 +57,6 @@ def resolve_model_class(
     text = config.sub_configs.get("text_config")
     is_text_part = text is not None and getattr(known, "config_class", None) == text
     return known, config.get_text_config() if is_text_part else config
-
-
-def quantization(config: PreTrainedConfig) -> tuple[str, dict[str, Any]] | None:
-    """How the weights are quantized, says `config` or a part of it: the method, and its settings. None where they are not.
-
-    Raises:
-        CheckpointError: by a method that shardwise can't undo.
-    """
-    for part in config_parts(config):
-        found = getattr(part, "quantization_config", None)
-        if found is None:
-            continue
-        settings: dict[str, Any] = found if isinstance(found, dict) else found.to_dict()
-        method = str(getattr(settings.get("quant_method"), "value", settings.get("quant_method")) or "by a method not named")
-        if method in METHODS:
-            return method, settings
-        raise CheckpointError(
-            describe(
-                f"{config.model_type}: a quantized checkpoint can't be sharded.",
-                quantized=f"{method}, says the quantization_config of the config",
-                can_be=", ".join(sorted(METHODS)) + ": dequantized while they are loaded",
-                either=[
-                    "use a checkpoint in float32, bfloat16 or float16, or",
-                    "load it once with plain transformers, model.dequantize(), and save_pretrained",
-                ],
-            )
-        )
-    return None
-
-
-def without_quantization(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A copy that is not quantized; where it doesn't say so, its dtype is bfloat16, as transformers has it then."""
-    config = copy.deepcopy(config)
-    for part in config_parts(config):
-        if getattr(part, "quantization_config", None) is not None:
-            del part.quantization_config
-    config.dtype = config.dtype or torch.bfloat16
-    return config
 
 
 def attach_generation_config(model: PreTrainedModel, path_or_id: str | os.PathLike[str], **hub_kwargs: Any) -> None:

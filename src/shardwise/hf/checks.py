@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from shardwise.errors import CheckpointError, describe
+from shardwise.errors import CheckpointError, describe, first_of
 from shardwise.lazy import LazyTensor, sources
 
 Shape = tuple[int, ...]
@@ -55,9 +55,9 @@ def check(
         "unexpected": errors.unexpected(outcome.unexpected - dropped),
         "dtype": errors.dtypes(),
     }
-    found = {kind: _shorten(entries) for kind, entries in problems.items() if entries}
+    found = {kind: first_of(entries, _SHOWN) for kind, entries in problems.items() if entries}
     if found:
-        not_there = {"not_there": _shorten(lost)} if (lost := errors.gaps()) else {}
+        not_there = {"not_there": first_of(lost, _SHOWN)} if (lost := errors.gaps()) else {}
         written_by = {"written_by": ", ".join(architectures)} if other_class else {}
         way_out = ["use the config that belongs to this checkpoint, or"]
         if found.keys() <= {"missing", "unexpected"}:
@@ -72,7 +72,7 @@ def check(
 
 
 def _warn(model: PreTrainedModel, writers: list[str], new: set[str], dropped: list[str]) -> None:
-    facts = {"newly_initialised": _shorten(sorted(new)), "left_out": _shorten(dropped)}
+    facts = {"newly_initialised": first_of(sorted(new), _SHOWN), "left_out": first_of(dropped, _SHOWN)}
     what = f"was written by {', '.join(writers)}" if writers else "does not fit the model everywhere, which was allowed"
     headline = f"{type(model).__name__}: the checkpoint {what}."
     warnings.warn(describe(headline, **{kind: names for kind, names in facts.items() if names}), stacklevel=4)
@@ -213,10 +213,6 @@ def _reason(text: str) -> list[str]:
     headline = lines[start].split(": ", 1)[-1]
     stop = next((i for i, line in enumerate(lines[start + 1 :], start + 1) if line == headline), len(lines))
     return [headline, *lines[start + 1 : stop]]
-
-
-def _shorten(entries: list[str]) -> list[str]:
-    return entries[:_SHOWN] + ([f"and {len(entries) - _SHOWN} more"] if len(entries) > _SHOWN else [])
 
 
 def _plain(dtype: object) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from shardwise.errors import PlanError, describe
+from shardwise.hf.dropout import without_dropout
 from shardwise.hf.senses import boxes, sensed
 
 Inputs = Mapping[str, Any]
@@ -196,21 +197,6 @@ def in_training(inputs: Inputs) -> Callable[[nn.Module], object]:
         return model.train()(**inputs)
 
     return run
-
-
-def without_dropout(model: nn.Module) -> None:
-    """Set every rate of dropout, of layers that are left out, and of noise on routers to zero."""
-    for module in model.modules():
-        for name, value in list(vars(module).items()):
-            if is_rate(name, value):
-                setattr(module, name, 0.0)
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.p = 0.0
-
-
-def is_rate(name: str, value: object) -> bool:
-    """Whether the attribute `name`, of this `value`, says how much is dropped at random, or changed."""
-    return ("drop" in name or "jitter" in name) and isinstance(value, float)
 
 
 def _takes_cache(model: PreTrainedModel) -> bool:

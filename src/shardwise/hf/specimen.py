@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from shardwise.hf.kinds import cut, needed_layers, structures
 from shardwise.plan import Origin
 
-LARGE = 10_000_000
+LARGE_MODEL = 10_000_000
 """Elements of a model from which on it is tried out without its large weights."""
 LARGE_WEIGHT = 2**20
 """Elements of a weight from which on such a model has none."""
@@ -42,7 +42,7 @@ def specimen(model: nn.Module, kinds: Mapping[str, Hashable] = MappingProxyType(
     """
     if not isinstance(model, PreTrainedModel):
         return None
-    if elements(model) <= LARGE:
+    if elements(model) <= LARGE_MODEL:
         made = _make(type(model), model.config)
         return made if _names(made) == _names(model) else None
     shorter = _shorter(model, kinds)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from shardwise.errors import PlanError, describe
-from shardwise.hf import LARGE, LARGE_WEIGHT, Feed, elements, in_training, layer_kinds, sample_feeds, specimen
+from shardwise.hf import LARGE_MODEL, LARGE_WEIGHT, Feed, elements, in_training, layer_kinds, sample_feeds, specimen
 from shardwise.infer.feeds import floats
 from shardwise.infer.given import Given
 from shardwise.infer.values import randomise, with_values
@@ -75,7 +75,7 @@ def _subject(made: _Model, feeds_of: Callable[[_Model], Sequence[Feed]], model: 
 
     found = with_values(tried, feeds) if any(parameter.is_meta for parameter in tried.parameters()) else feeds_of(tried)
     found = _with_training(tried, found)
-    return Subject(tried, found, _short(found[0]) if elements(model) > LARGE else found[0], _words(tried, model))
+    return Subject(tried, found, _short(found[0]) if elements(model) > LARGE_MODEL else found[0], _words(tried, model))
 
 
 def _with_training(model: nn.Module, feeds: Sequence[Feed]) -> Sequence[Feed]:
@@ -121,7 +121,7 @@ def _words(tried: nn.Module, model: nn.Module) -> str:
     """How what is tried out differs from `model`."""
     all_layers, layers = (sum(1 for layer in layer_kinds(one) if layer) for one in (model, tried))
     some = f"{layers} of {all_layers} layers" if layers < all_layers else "the whole model"
-    if elements(model) <= LARGE:
+    if elements(model) <= LARGE_MODEL:
         return some
     return f"{some} at full width; outputs of products with weights of {LARGE_WEIGHT:,} elements or more are given"
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from shardwise.errors import PlanError, describe
-from shardwise.hf import LARGE, LARGE_WEIGHT, elements
+from shardwise.hf import LARGE_MODEL, LARGE_WEIGHT, elements
 from shardwise.infer.products import ValuesNeeded
 from shardwise.plan import wildcard
 
@@ -25,7 +25,7 @@ def randomise(model: _Model) -> _Model:
     """A copy of `model` on the CPU, in float32 and evaluation mode, all parameters a little random: zeros hide much. The large
     weights of a large model are on meta, and have no gradient.
     """
-    large = elements(model) > LARGE
+    large = elements(model) > LARGE_MODEL
     without = [p for p in model.parameters() if large and p.is_floating_point() and p.dim() > 1 and p.numel() >= LARGE_WEIGHT]
     memo: dict[int, Tensor] = {id(state): state.detach() for state in states(model)}
     memo |= {id(p): nn.Parameter(torch.empty(p.shape, device="meta"), requires_grad=False) for p in without}

@@ -2,12 +2,16 @@
 
 | | |
 |---|---|
+| `run` | from arguments to the result: which processes run, and in which order |
 | `settings`, `load` | what is verified, and the model and inputs that all processes make of it |
-| `measure`, `one`, `checks` | what one process finds and leaves in files; what the ranks find; the checks |
-| `compare` | how far numbers are apart, and how far they may be |
-| `record`, `places`, `locate` | what every module gives, in order; how it lies on the ranks; the first that differs |
-| `diagnose` | which fault would explain the numbers |
-| `run`, `show` | from arguments to the result; the result to read |
+| `proven` | the proof of the plan, before any rank starts |
+| `measure`, `one` | what a process computes; what the one process leaves in files for the ranks |
+| `checks`, `compare` | the checks on the ranks; how far numbers are apart, and how far they may be |
+| `attempt` | code that may raise on all ranks |
+| `search`, `record`, `locate` | the module that is the first to differ, from what every module gives, in order |
+| `arrange`, `diagnose` | how tensors lie on the ranks; which fault would explain the numbers |
+| `judge` | the result, made of all of this |
+| `result`, `show` | the result, as data and to read |
 """
 
 from shardwise.verify.result import Check, Culprit, Hypothesis, Verification

@@ -1,4 +1,6 @@
-"""Something that all ranks try, and that may raise on all of them."""
+"""Collective code that all ranks try, and that may raise on all of them (unlike `shardwise.replicas.together`, whose code is
+not collective, and may raise on some).
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ class Raised:
     message: str
 
 
-def together(phase: str, run: Callable[[], T], seconds: float = _SECONDS) -> T | Raised:
+def attempt(phase: str, run: Callable[[], T], seconds: float = _SECONDS) -> T | Raised:
     """What `run` gives, or what it raised, where it did on all ranks. Collective, then. Raises what only some ranks raised:
     after some `seconds`, in which the others do not come.
     """

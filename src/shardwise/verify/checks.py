@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from shardwise.model_state import required_state
+from shardwise.verify.attempt import Raised, attempt
 from shardwise.verify.compare import (
     Measure,
     Tensors,
@@ -28,7 +29,6 @@ from shardwise.verify.measure import Found, Generated, generate, save, step, why
 from shardwise.verify.one import generated_by_one, numbers_of, saved_by_one
 from shardwise.verify.result import Check
 from shardwise.verify.settings import Settings
-from shardwise.verify.together import Raised, together
 
 
 @dataclass
@@ -69,14 +69,14 @@ def measure_ranks(settings: Settings) -> Findings:
     called = torch.compile(model) if settings.compiled else model
     _compare_common(found, model, "weight of ", lambda p: p.detach())
     for number, feed in enumerate(given):
-        problem = together("training", partial(_train, settings, found, model, called, feed, number))
+        problem = attempt("training", partial(_train, settings, found, model, called, feed, number))
         if isinstance(problem, Raised):
             found.raised = problem
             return found
     model.zero_grad()
     _generate(settings, found, model, given[0])
     if found.raised is None:
-        problem = together("saving", lambda: save(model, saved_by_ranks(settings)))
+        problem = attempt("saving", lambda: save(model, saved_by_ranks(settings)))
         found.raised = problem if isinstance(problem, Raised) else None
         if found.raised is None and dist.get_rank() == 0:
             found.saved = saved_differences(saved_by_ranks(settings), saved_by_one(settings))
@@ -146,7 +146,7 @@ def _generate(settings: Settings, found: Findings, model: Any, prompt: Feed) -> 
     if why := why_not_generate(model):
         found.skipped["tokens"] = why
         return
-    made = together("generate", lambda: generate(model, prompt, settings.new_tokens))
+    made = attempt("generate", lambda: generate(model, prompt, settings.new_tokens))
     if isinstance(made, Raised):
         found.raised = made
         return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 import importlib.util
 import sys
@@ -16,7 +15,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from shardwise import loading
 from shardwise.errors import ShardwiseError, describe
-from shardwise.hf import build_on_meta, class_of, config_parts, is_rate, quantization, without_dropout
+from shardwise.hf import build_on_meta, class_of, config_without_dropout, quantization, without_dropout
 from shardwise.layers.registry import register_style
 from shardwise.mesh import local_device
 from shardwise.plan_file import is_plan_file
@@ -119,12 +118,7 @@ def _special_ids(config: PreTrainedConfig) -> set[int]:
 
 def _config(path: str) -> PreTrainedConfig:
     """The checkpoint's config with every dropout at zero: one process and a rank would not drop the same elements."""
-    config = copy.deepcopy(AutoConfig.from_pretrained(path))
-    for part in config_parts(config):
-        for name, value in list(vars(part).items()):
-            if is_rate(name, value):
-                setattr(part, name, 0.0)
-    return config
+    return config_without_dropout(AutoConfig.from_pretrained(path))
 
 
 def _without_dropout(model: Any) -> Any:

@@ -16,6 +16,7 @@ from shardwise.model_state import required_state
 from shardwise.plan import Plan
 from shardwise.spec import ModuleSpec, Rule, ShardSpec
 from shardwise.verify.arrange import Arrangements, entered
+from shardwise.verify.attempt import Raised, attempt
 from shardwise.verify.diagnose import hypotheses, ranked
 from shardwise.verify.load import checkpoint, feeds, load_sharded
 from shardwise.verify.locate import Difference, difference_at, first_difference, floor_of
@@ -24,7 +25,6 @@ from shardwise.verify.one import in_own_process, recorded_by_one
 from shardwise.verify.record import Key, Recorded, Recorder, read
 from shardwise.verify.result import Culprit, Hypothesis
 from shardwise.verify.settings import Settings
-from shardwise.verify.together import Raised, together
 
 _MOST_RULES = 3
 
@@ -72,7 +72,7 @@ def _record_ranks(settings: Settings, plan: Any, number: int, what: str) -> _Sid
         with recorder:
             forward(model, model, feed)[1].backward()
 
-    raised = together("the search", run)
+    raised = attempt("the search", run)
     recorder.save(_file(settings, f"rank {dist.get_rank()}, {what}"))
     dist.barrier()
     ranks = None
