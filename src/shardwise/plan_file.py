@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from shardwise.coverage import check_coverage
-from shardwise.errors import PlanError, describe
+from shardwise.errors import PlanError, describe, first_of
 from shardwise.hf import check_head
 from shardwise.layers import Cut, stores_transposed
 from shardwise.layers.registry import style_named
@@ -130,11 +130,10 @@ class Written:
         return values
 
     def _not_for(self, model: nn.Module, wrong: list[str]) -> PlanError:
-        more = [f"and {len(wrong) - _NAMED} more"] if len(wrong) > _NAMED else []
         return PlanError(
             describe(
                 f"{self.path} is not for this {type(model).__name__}.",
-                differs=[*wrong[:_NAMED], *more],
+                differs=first_of(wrong, _NAMED),
                 either=["the plan of this model and these sizes, or", "take the line out, or mend it"],
             )
         )

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from shardwise.errors import PlanError, describe
+from shardwise.errors import PlanError, describe, first_of
 from shardwise.hf import Feed, layer_of
 from shardwise.infer.parts import Part, only, parts_of
 from shardwise.infer.proof import Island, Proof
@@ -120,7 +120,7 @@ def prove_rules(plan: Plan, model: nn.Module, edited: bool = False) -> None:
             describe(
                 f"The plan is wrong: {proof.problem}.",
                 ranks=str(plan.size),
-                rules=[*list(written)[:_SHOWN], *([f"and {len(written) - _SHOWN} more"] if len(written) > _SHOWN else [])],
+                rules=first_of(list(written), _SHOWN),
                 found="on random weights, before any of the model's was read",
                 either=[
                     "change these rules: a layer's neighbours have to be cut as it is, or all of them replicate, or",

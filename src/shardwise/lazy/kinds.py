@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch._ops import OpOverload
 
-from shardwise.errors import CheckpointError, describe
+from shardwise.errors import CheckpointError, describe, first_of
 from shardwise.lazy.views import Shape
 
 
@@ -35,11 +35,11 @@ def misfit(func: OpOverload, parts: Sequence[tuple[str, Shape]], error: RuntimeE
     """The error for tensors, as names and shapes, that `func` can't put together: the odd ones out first."""
     usual = Counter(shape for _, shape in parts).most_common(1)[0][0] if len(parts) > 2 else None
     ordered = sorted(parts, key=lambda part: part[1] == usual)
-    shown = [f"{name}: {list(shape)}" for name, shape in ordered[:8]]
+    shown = [f"{name}: {list(shape)}" for name, shape in ordered]
     return CheckpointError(
         describe(
             f"{str(func.overloadpacket).removeprefix('aten.')}: these tensors of the checkpoint do not fit together.",
-            tensors=[*shown, f"and {len(parts) - 8} more"] if len(parts) > 8 else shown,
+            tensors=first_of(shown, most=8),
             torch=str(error).splitlines()[0],
         )
     )
