@@ -1,26 +1,19 @@
-"""The parallel styles, by the names that plans use.
+"""The parallel styles: a class each, found by the name that plans use in `STYLES`.
 
-| name | class |
+| | |
 |---|---|
-| `colwise`, `rowwise` | `ColwiseParallel`, `RowwiseParallel` |
-| `colwise_gather_output` (`colwise_rep`), `rowwise_split_input` (`rowwise_rep`) | `ColwiseGatherOutput`, `RowwiseSplitInput` |
-| `rowwise_scatter_output`, `rowwise_inner` | `RowwiseScatterOutput`, `RowwiseInner` |
-| `packed_colwise`, `packed_rowwise` | `PackedColwiseParallel`, `PackedRowwiseParallel` |
-| `embedding_rowwise`, `embedding_colwise` | `EmbeddingRowwise`, `EmbeddingColwise` |
-| `replicate`, `replicated_with_grad_allreduce` | `Replicate`, `ReplicatedWithGradAllReduce` |
-| `local_params`, `local_rows` | `LocalParamsParallel`, `LocalRows` |
-| `local_mixer`, `unfused_mixer` | `LocalMixer`, `UnfusedMixer` |
-| `local_head_bias`, `local_head_state`, `local_state` | `LocalHeadBias`, `LocalHeadState`, `LocalState` |
-| `hashed_heads`, `agreed_seeds`, `ngram_heads` | `HashedHeads`, `AgreedSeeds`, `NgramHeads` |
-| `switched_attention`, `block_heads` | `SwitchedAttention`, `BlockHeads` |
-| `local_width`, `colwise_whole_input`, `local_multihead` | `LocalWidth`, `ColwiseWholeInput`, `LocalMultihead` |
-| `all_reduce` | `AllReduceParallel` |
-| `sequence_parallel` | `SequenceParallel` |
-| `sharded_norm`, `sharded_statistics` | `ShardedNorm`, `ShardedStatistics` |
-| `stacked_colwise`, `stacked_rowwise`, `products` (`einsum`) | `StackedColwise`, `StackedRowwise`, `BareProducts` |
-| `mla_kv_a_proj`, `mla_kv_a_proj_gather_output` | `MlaKvAProjParallel`, `MlaKvAProjGatherOutput` |
-| `moe_tp_experts`, `moe_identity_expert`, `grouped_gemm`, `ep_router` | `MoeExpertsParallel`, ... |
-| `ep_dispatch_experts`, `ep_all_to_all_experts`, `ep_sorted_experts` | `EpDispatchExperts`, ... |
+| `base` | what every style is, and how a module's class becomes parallel |
+| `linear`, `embedding`, `norm` | layers whose weights are cut |
+| `replicated` | modules that stay whole, and what is summed or sliced around them |
+| `stacked` | products that no linear layer computes: stacked matrices, bare parameters; `operands`: which operators they are |
+| `experts`, `dispatch` | mixtures of experts: each split, or dealt whole; tokens that travel to their experts |
+| `multihead`, `heads`, `alibi`, `width`, `sparse`, `latent`, `recurrent` | attention and mixers on local heads, by their code |
+| `sequence` | sequence parallelism, in front of the other styles |
+| `region`, `overlap` | what column-wise layers of one module share: one copy of their input, one all-reduce; overlap |
+| `traced` | the linear styles under torch.compile |
+| `gradients` | parameters whose gradient is summed or averaged over ranks |
+| `adapters` | what happens in a LoRA layer around a parallel one |
+| `registry` | styles by name, those of users among them |
 """
 
 from __future__ import annotations
