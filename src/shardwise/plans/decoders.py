@@ -13,8 +13,8 @@ from shardwise.heads import heads_of
 from shardwise.layers import Cut
 from shardwise.layout import Block
 from shardwise.plan import wildcard
-from shardwise.plans.fused import WITHOUT, Counted, Fused, count, gathered, separate_attention
-from shardwise.plans.parts import mlp, modules_at, rule, whole
+from shardwise.plans.fused import Counted, Fused, count, gathered, separate_attention
+from shardwise.plans.parts import WITHOUT, mlp, modules_at, rule, whole
 from shardwise.spec import Rule
 
 _GROUPS = 4

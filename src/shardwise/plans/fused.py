@@ -12,12 +12,11 @@ from shardwise.heads import Heads, heads_of
 from shardwise.layers import Cut
 from shardwise.layout import Block
 from shardwise.plan import wildcard
-from shardwise.plans.parts import modules_at, rule
+from shardwise.plans.parts import WITHOUT, modules_at, rule
 from shardwise.spec import Rule
 
 Counted = Literal["query", "kv", "group", "query width", "kv width"]
 """What an attribute counts: query heads, KV heads, query heads a KV head, or features of all query heads or KV heads."""
-WITHOUT = "the model has no plan of its own"
 
 
 @dataclass(frozen=True)

@@ -9,40 +9,22 @@ from torch import nn
 
 from shardwise.layers import Cut
 from shardwise.layout import Block
-from shardwise.plans.parts import rule
+from shardwise.plans.parts import WITHOUT, rule
 from shardwise.spec import Rule
 
-_WITHOUT = "the model has no plan of its own"
 _HEADS = "its code counts heads, and these are dealt"
+_SEEDS = "what is drawn anew in each forward pass is the same on all ranks"
 
 
 def reformer(model: nn.Module, prefix: str, size: int) -> list[Rule]:
     """Reformer: attention in chunks and by hashes, in layers that are computed backwards in backward."""
-    found = [
-        rule(f"{prefix}encoder.layers.*", "agreed_seeds", "what is drawn anew in each forward pass is the same on all ranks"),
-        rule(f"{prefix}encoder.layers.*.feed_forward.dense.dense", "colwise", _WITHOUT),
-        rule(f"{prefix}encoder.layers.*.feed_forward.output.dense", "rowwise", _WITHOUT),
+    path = f"{prefix}encoder.layers.*"
+    places = _places(model, "num_attention_heads", "all_head_size")
+    return [
+        rule(path, "agreed_seeds", _SEEDS),
+        *_chunked_mlp(f"{path}.feed_forward"),
+        *(found for name, module in places for found in _hashed(prefix + name, module, size)),
     ]
-    for name, module in _places(model, "num_attention_heads", "all_head_size"):
-        inside = [child for child in ("query", "key", "query_key", "value") if hasattr(module, child)]
-        style = "hashed_heads" if hasattr(module, "query_key") else "local_params"
-        output = f"{name.rpartition('.')[0]}.output.dense"
-        found += _attention(prefix, name, module, size, inside, output, "num_attention_heads", style)
-    return found
-
-
-def prophetnet(model: nn.Module, prefix: str, size: int) -> list[Rule]:
-    """ProphetNet: attention over n-grams, and attention that is handed masks of all heads."""
-    found = []
-    for stack in ("encoder", "decoder"):
-        path = f"{prefix}{stack}.layers.*.feed_forward"
-        found += [rule(f"{path}.intermediate", "colwise", _WITHOUT), rule(f"{path}.output", "rowwise", _WITHOUT)]
-    for name, module in _places(model, "num_attn_heads", "query_proj"):
-        inside = ("query_proj", "key_proj", "value_proj")
-        found += _attention(prefix, name, module, size, inside, f"{name}.out_proj", "num_attn_heads", "ngram_heads")
-        if hasattr(module, "ngram"):
-            found.append(rule(f"{prefix}{name}.relative_pos_embeddings", "replicate", "its code mixes heads and positions"))
-    return found
 
 
 def reformer_attention(name: str, module: Any, size: int) -> list[Rule] | None:
@@ -50,11 +32,7 @@ def reformer_attention(name: str, module: Any, size: int) -> list[Rule] | None:
     inner, output = module._modules.get("self_attention"), module._modules.get("output")
     if not hasattr(inner, "all_head_size") or not hasattr(output, "dense") or inner.num_attention_heads < size:
         return None
-    inside = [child for child in ("query", "key", "query_key", "value") if hasattr(inner, child)]
-    style = "hashed_heads" if hasattr(inner, "query_key") else "local_params"
-    count, to = "num_attention_heads", f"{name}.output.dense"
-    seeds = rule(name.rpartition(".")[0], "agreed_seeds", "what is drawn anew in each forward pass is the same on all ranks")
-    return [seeds, *_attention("", f"{name}.self_attention", inner, size, inside, to, count, style)]
+    return [rule(name.rpartition(".")[0], "agreed_seeds", _SEEDS), *_hashed(f"{name}.self_attention", inner, size)]
 
 
 def reformer_mlp(name: str, module: Any, size: int) -> list[Rule] | None:
@@ -62,16 +40,44 @@ def reformer_mlp(name: str, module: Any, size: int) -> list[Rule] | None:
     inner, output = module._modules.get("dense"), module._modules.get("output")
     if not hasattr(module, "chunk_size_feed_forward") or not hasattr(inner, "dense") or not hasattr(output, "dense"):
         return None
-    found = [rule(f"{name}.dense.dense", "colwise", _WITHOUT), rule(f"{name}.output.dense", "rowwise", _WITHOUT)]
-    return found if inner.dense.out_features >= size else None
+    return _chunked_mlp(name) if inner.dense.out_features >= size else None
+
+
+def _hashed(name: str, module: nn.Module, size: int) -> list[Rule]:
+    """The inner attention of a reversible layer, whose output projection stands beside it."""
+    inside = [child for child in ("query", "key", "query_key", "value") if hasattr(module, child)]
+    style = "hashed_heads" if hasattr(module, "query_key") else "local_params"
+    output = f"{name.rpartition('.')[0]}.output.dense"
+    return _attention(name, module, size, inside, output, "num_attention_heads", style)
+
+
+def _chunked_mlp(name: str) -> list[Rule]:
+    return [rule(f"{name}.dense.dense", "colwise", WITHOUT), rule(f"{name}.output.dense", "rowwise", WITHOUT)]
+
+
+def prophetnet(model: nn.Module, prefix: str, size: int) -> list[Rule]:
+    """ProphetNet: attention over n-grams, and attention that is handed masks of all heads."""
+    found = []
+    for stack in ("encoder", "decoder"):
+        path = f"{prefix}{stack}.layers.*.feed_forward"
+        found += [rule(f"{path}.intermediate", "colwise", WITHOUT), rule(f"{path}.output", "rowwise", WITHOUT)]
+    for name, module in _places(model, "num_attn_heads", "query_proj"):
+        found += _ngrams(prefix + name, module, size)
+    return found
 
 
 def ngram_attention(name: str, module: Any, size: int) -> list[Rule] | None:
     """The rules for ProphetNet's attention, called `name`, on `size` ranks; None of any other, or with fewer heads."""
-    inside = ("query_proj", "key_proj", "value_proj")
-    if not {*inside, "out_proj"} <= module._modules.keys() or getattr(module, "num_attn_heads", 0) < size:
+    if not {*_PROJECTIONS, "out_proj"} <= module._modules.keys() or getattr(module, "num_attn_heads", 0) < size:
         return None
-    found = _attention("", name, module, size, inside, f"{name}.out_proj", "num_attn_heads", "ngram_heads")
+    return _ngrams(name, module, size)
+
+
+_PROJECTIONS = ("query_proj", "key_proj", "value_proj")
+
+
+def _ngrams(name: str, module: nn.Module, size: int) -> list[Rule]:
+    found = _attention(name, module, size, _PROJECTIONS, f"{name}.out_proj", "num_attn_heads", "ngram_heads")
     if hasattr(module, "ngram"):
         found.append(rule(f"{name}.relative_pos_embeddings", "replicate", "its code mixes heads and positions"))
     return found
@@ -84,9 +90,9 @@ def xlnet(model: nn.Module, prefix: str, size: int) -> list[Rule]:
     heads = [name for name, _ in _places(model, "r_w_bias", "seg_embed")]
     return [
         rule(path, "products", "parameters of (features, heads, dims), cut between heads"),
-        *(Rule(f"{prefix}{name}.{child}", "colwise", "shardwise", Cut(), reason=_WITHOUT) for name in heads for child in cut),
-        rule(f"{prefix}layer.*.ff.layer_1", "colwise", _WITHOUT),
-        rule(f"{prefix}layer.*.ff.layer_2", "rowwise", _WITHOUT),
+        *(Rule(f"{prefix}{name}.{child}", "colwise", "shardwise", Cut(), reason=WITHOUT) for name in heads for child in cut),
+        rule(f"{prefix}layer.*.ff.layer_1", "colwise", WITHOUT),
+        rule(f"{prefix}layer.*.ff.layer_2", "rowwise", WITHOUT),
     ]
 
 
@@ -95,14 +101,14 @@ def _places(model: nn.Module, *having: str) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _attention(
-    prefix: str, name: str, module: nn.Module, size: int, inside: Sequence[str], output: str, count: str, style: str
+    name: str, module: nn.Module, size: int, inside: Sequence[str], output: str, count: str, style: str
 ) -> list[Rule]:
     """Projections and an output cut between heads, in a module whose code counts them by the attribute `count`."""
     heads, width = getattr(module, count), getattr(module, inside[0]).out_features
     cut = Cut(unit=width // heads)
     local = tuple(Block(heads).local_length(rank, size) for rank in range(size))
     return [
-        *(Rule(f"{prefix}{name}.{child}", "colwise", "shardwise", cut, reason=_WITHOUT) for child in inside),
-        Rule(prefix + output, "rowwise", "shardwise", cut, reason=_WITHOUT),
-        Rule(prefix + name, style, "shardwise", attributes={count: local}, reason=_HEADS),
+        *(Rule(f"{name}.{child}", "colwise", "shardwise", cut, reason=WITHOUT) for child in inside),
+        Rule(output, "rowwise", "shardwise", cut, reason=WITHOUT),
+        Rule(name, style, "shardwise", attributes={count: local}, reason=_HEADS),
     ]

@@ -10,6 +10,7 @@ from shardwise.plan import wildcard
 from shardwise.spec import Rule
 
 MISSING = "left whole by the model's plan"
+WITHOUT = "the model has no plan of its own"
 LATENT = "a latent that all heads read, too small to gather it in every layer"
 _GATHERED = "a latent that all heads read, large enough to gather it in every layer"
 
