@@ -41,7 +41,7 @@ def main(names: list[str]) -> int:
     asked = [table for table in tables if not names or table in names]
     known = (every(), wrappers.names(), others.names())
     chosen = [
-        [name for name in all_of_them if table in asked or {name, f"{table}:{name.partition(' ')[0]}"} & set(names)]
+        [name for name in all_of_them if table in asked or _asked_as(table, name) in names]
         for table, all_of_them in zip(tables, known, strict=True)
     ]
     with tempfile.TemporaryDirectory() as directory:
@@ -68,6 +68,11 @@ def main(names: list[str]) -> int:
     everything = [one for found in results for result in found.values() for one in result.values()]
     all_exact = all(one.exact or one.open or not one.possible for one in everything)
     return 0 if _all_proven(chosen[0], console) and all_exact else 1
+
+
+def _asked_as(table: str, name: str) -> str:
+    """What says that a row is wanted: of the others, which are named as types are, with the table in front."""
+    return f"{table}:{name.partition(' ')[0]}" if table == "others" else name
 
 
 def _write(asked: list[str], plain: Results, wrapped: Results, rest: Mapping[str, Result]) -> None:

@@ -6,15 +6,20 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from unittest.mock import patch
 
 from rich.console import Console
 from rich.table import Table
 
-from parity.calls import UNSOLVED
+import shardwise
+from parity.calls import CALLS, UNSOLVED, Call
 from parity.job import Outcome
 from parity.sizes import LARGE, RANKS, RealSize, kept, real_size
-from parity.types import FILLED, OURS, planned
+from parity.types import FILLED, on_meta, planned
+from parity.variants import Inferred
 from shardwise.infer.unknown import cut_share
+from shardwise.names import layer_of
+from shardwise.resolve import resolve
 
 RANK_COUNTS = (2, 4)
 COLUMNS = (
@@ -35,7 +40,9 @@ _HEAD = f"""\
 
 Every causal-LM type of transformers on 2 and on 4 ranks beside one process. `make parity` runs the checks and writes this file.
 
-*plan*: where it comes from: *transformers*' config, with corrections of ours; *ours*; or *inferred* from what the model does.
+*plan*: whose rules cut the layers: *transformers*', of the type's config or of its text model's, with corrections of ours, and
+what they leave out inferred; *ours*; or *frozen*: inferred from what the type computes, proven, and kept in the package.
+*inferred* would be a plan that is found anew.
 
 *exact*: a tiny random model with each kind of layer that the type has is loaded from a checkpoint with `tp_plan="auto"`.
 Logits are within 1e-4 of one process's, the loss is within 1e-5, and every gradient is within 1e-3 of its size, after one and
@@ -50,8 +57,8 @@ last column says why.
 *bytes*: those of the fullest rank, times the ranks, over the model's: 1 is an even split. On 2 and 4 ranks it is the tiny
 model, of which the small tensors that stay whole are a larger part; on {RANKS} ranks it is the model of the type's default
 config, planned without memory. The last column names what adds more than {LARGE:.0%} of the model, for one reason, to what
-the ranks hold together, how much, and the reason, or why the default sizes can't be split over {RANKS} ranks. Where the plan is
-inferred it says so of the tiny model on 2 ranks.
+the ranks hold together, how much, and the reason, or why the default sizes can't be split over {RANKS} ranks. Of types whose
+config has no plan it says so of the tiny model on 2 ranks.
 
 """
 _STAND_INS = """
@@ -105,12 +112,22 @@ def cells(name: str, results: Mapping[int, Result], size_of: Callable[[str], Rea
 
 
 def origin(name: str) -> str:
-    """Where the plan of a causal LM comes from."""
-    return "inferred" if name not in planned() else "ours" if name in OURS else "transformers"
+    """Whose rules cut the layers of a type's tiny model on two ranks, with `tp_plan="auto"`."""
+    with (
+        CALLS.get(name, Call()).around(),
+        patch("shardwise.planning.plan_unknown", side_effect=Inferred),
+        patch("shardwise.planning.plan_rest", lambda model, size, rules: resolve(model, rules, size)),
+    ):
+        try:
+            rules = shardwise.plan(on_meta(name), 2).rules
+        except Inferred:
+            return "inferred"
+    sources = {rule.source for place, rule in rules.items() if layer_of(place)}
+    return "frozen" if "frozen" in sources else "transformers" if "model" in sources else "ours"
 
 
 def _tiny_size(name: str, outcomes: Sequence[Outcome]) -> RealSize:
-    """What stays whole of a type whose plan is inferred, and what is open."""
+    """What stays whole of the tiny model of a type whose config has no plan, and what is open."""
     missing = [f"tp={size}: {UNSOLVED[name, size]}" for size in RANK_COUNTS if (name, size) in UNSOLVED]
     return RealSize(kept=kept(outcomes[0].plan) if outcomes else (), problem="; ".join(missing))
 
