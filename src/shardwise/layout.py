@@ -131,12 +131,12 @@ class Layout:
         if cut is None:
             return shape
         dim, blocks = cut
-        return (*shape[:dim], _lengths(blocks, size)[rank], *shape[dim + 1 :])
+        return (*shape[:dim], local_lengths(blocks, size)[rank], *shape[dim + 1 :])
 
     def lengths(self, shape: Shape, size: int) -> tuple[int, ...]:
         """Each rank's length along the cut dim; empty for a tensor that is kept whole."""
         cut = self.cut(shape)
-        return _lengths(cut[1], size) if cut else ()
+        return local_lengths(cut[1], size) if cut else ()
 
     def copies(self, shape: Shape, size: int) -> int:
         """On how many ranks the tensor's indices lie; the largest number where blocks differ."""
@@ -218,11 +218,12 @@ class Packed(Layout):
 
 def local_numbers(value: int, count: int, size: int) -> tuple[int, ...]:
     """What each of `size` ranks has of a number that falls into `count` equal parts."""
-    return tuple(value // count * Block(count).local_length(rank, size) for rank in range(size))
+    return tuple(value // count * length for length in local_lengths((Block(count),), size))
 
 
 @lru_cache(maxsize=1024)  # every layer asks for the same few
-def _lengths(blocks: tuple[Block, ...], size: int) -> tuple[int, ...]:
+def local_lengths(blocks: tuple[Block, ...], size: int) -> tuple[int, ...]:
+    """What each of `size` ranks has of the `blocks` of a dim together."""
     return tuple(sum(block.local_length(rank, size) for block in blocks) for rank in range(size))
 
 

@@ -1,15 +1,26 @@
-"""The names in a model, found by pattern: once a family of layers, not once a layer."""
+"""Dotted names in a model: the layer that one is in, families of alike ones, and those that a rule matches."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
-from shardwise.plan import wildcard
 from shardwise.spec import Rule
 
 
+def wildcard(name: str) -> str:
+    """`name` with each segment that is a number as `*`: "model.layers.0.mlp.fc1" gives "model.layers.*.mlp.fc1"."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+
+
+def layer_of(name: str) -> str:
+    """The path of the layer in which `name` is, up to its first number: "model.layers.3". "" outside of layers."""
+    found = re.match(r"(.*?\.)?\d+(?=\.|$)", name)
+    return found[0] if found else ""
+
+
 class Names:
-    """Names of modules, parameters and buffers.
+    """Names of modules, parameters and buffers, matched once a family of alike layers, not once a layer.
 
     Args:
         names: dotted names, each once.

@@ -20,7 +20,7 @@ from shardwise.names import Names
 from shardwise.notation import cut_dim, read_cut, read_local
 from shardwise.plan import Line, Plan, expand
 from shardwise.problems import matches_nothing
-from shardwise.resolve import resolve
+from shardwise.resolve import read_attribute, resolve
 from shardwise.spec import Rule
 
 _NAMED = 4
@@ -161,14 +161,7 @@ def _differences(line: Line, hits: Iterable[str], modules: Mapping[str, nn.Modul
             found.append(f"{name}: {line.shape} in the file, {shape or 'nothing'} in the model")
         for module, numbers in ((name, line.attributes), (name.rpartition(".")[0], line.parent_attributes)):
             for attribute, text in numbers.items():
-                wanted, here = read_local(text)[1], _number(modules.get(module), attribute)
+                wanted, here = read_local(text)[1], read_attribute(modules.get(module), attribute)
                 if wanted != here:
                     found.append(f"{module}.{attribute}: {wanted} in the file, {here} in the model")
     return found
-
-
-def _number(module: nn.Module | None, attribute: str) -> object:
-    value: object = module
-    for part in attribute.split("."):
-        value = getattr(value, part, None)
-    return value

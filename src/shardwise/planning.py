@@ -62,21 +62,30 @@ def make_plan(
         if ep_size is not None:
             raise PlanError('tp_plan="infer" splits every expert: leave ep_size out.')
         return infer_plan(model, tp_size)
-    rules = _user_rules(model, plan)
-    _check_experts(model, tp_size, ep_size, rules)
-    brought = model_rules(model, tp_size, expert_parallel=ep_size is not None)
-    infers = plan == "auto" and tp_size > 1 and ep_size is None and isinstance(model, PreTrainedModel)
-    if infers:
-        if (kept := _frozen(model, tp_size)) is not None:
-            return kept
-        if not brought:
-            return plan_unknown(model, tp_size)
-    rules = [*brought, *rules]
-    if tp_size == 1:
+    if plan == "auto" and tp_size > 1 and ep_size is None and isinstance(model, PreTrainedModel):
+        return _frozen(model, tp_size) or _auto(model, tp_size)
+    return _merged(model, tp_size, ep_size, _user_rules(model, plan))
+
+
+def _merged(model: nn.Module, size: int, ep_size: int | None, own: list[Rule]) -> Plan:
+    """By the rules that the model brings, with our corrections, and over these the user's `own`."""
+    _check_experts(model, size, ep_size, own)
+    rules = [*model_rules(model, size, expert_parallel=ep_size is not None), *own]
+    if size == 1:
         rules = [rule for rule in rules if rule.source == "user" or style_named(rule.style, str(rule)).axis == "ep"]
-    table = resolve(model, rules, tp_size, ep_size)
-    if infers and (whole := _completed(model, table, rules)) is not None:
-        return whole
+    return _checked(model, resolve(model, rules, size, ep_size))
+
+
+def _auto(model: nn.Module, size: int) -> Plan:
+    """By the rules that the model brings, with our corrections, and the rest inferred; all of it, where it brings none."""
+    brought = model_rules(model, size)
+    if not brought:
+        return plan_unknown(model, size)
+    table = resolve(model, brought, size)
+    return _completed(model, table, brought) or _checked(model, table)
+
+
+def _checked(model: nn.Module, table: Plan) -> Plan:
     check_coverage(model, table)
     check_head(model, table)
     return replace(table, origin=origin_of(model))

@@ -140,7 +140,7 @@ class _Resolver:
             options = style.options(module, self.modules[parent])
             region = regions.get(parent) if style.opens_region or style.closes_region else None
             transposed = stores_transposed(module)
-            whole = {key: _read(module, key) for key in attributes}
+            whole = {key: read_attribute(module, key) for key in attributes}
             yield ModuleSpec(
                 name,
                 style,
@@ -227,7 +227,7 @@ class _Resolver:
             heads = heads_of(module)
             assert heads is not None
             found.setdefault("num_key_value_groups", (heads.local_group(self.size),) * self.size)
-        now = {key: _read(module, key) for key in found}
+        now = {key: read_attribute(module, key) for key in found}
         return {key: values for key, values in found.items() if any(value != now[key] for value in set(values))}
 
     def _local_attributes(
@@ -314,7 +314,8 @@ def _join(parent: str, child: str) -> str:
     return f"{parent}.{child}" if parent else child
 
 
-def _read(module: nn.Module, attribute: str) -> Any:
+def read_attribute(module: nn.Module | None, attribute: str) -> Any:
+    """The attribute of `module`, or, as "config.name", of its config; None where it has none."""
     value: Any = module
     for part in attribute.split("."):
         value = getattr(value, part, None)

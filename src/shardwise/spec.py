@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
@@ -143,8 +142,3 @@ class ModuleSpec:
     around: type[ParallelStyle] | None = None
     stream_parameters: tuple[str, ...] = ()
     whole: Mapping[str, int | None] = field(default_factory=dict)
-
-
-def wildcard(name: str) -> str:
-    """`name` with each segment that is a number as `*`: "model.layers.0.mlp.fc1" gives "model.layers.*.mlp.fc1"."""
-    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from difflib import SequenceMatcher
@@ -14,6 +13,7 @@ from statistics import median
 import torch.distributed as dist
 from rich.table import Table
 
+from shardwise.names import layer_of
 from shardwise.report import Page, Section, as_text
 
 
@@ -179,12 +179,6 @@ def _kinds_of_layers(records: Sequence[Collective]) -> Iterator[tuple[str, list[
         alike.setdefault((own if layer else ("", own)), []).append(layer)
     for names in alike.values():
         yield _title(names), _rows([(record, name) for name in names for record in layers[name]])
-
-
-def layer_of(module: str) -> str:
-    """The layer in which a module is: the path up to the first number: "model.layers.3"."""
-    found = re.match(r"(.*?\.)?\d+(?=\.|$)", module)
-    return found[0] if found else ""
 
 
 def _title(names: list[str]) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
 from shardwise.debug.record import Collective
 from shardwise.estimate.flow import Node
+from shardwise.names import layer_of
 from shardwise.plan import Plan, wildcard
 
 _TIMES_AROUND = MappingProxyType({"all_reduce": 2})
@@ -49,12 +49,6 @@ class LayerKind:
     def bytes(self) -> int:
         """That a rank puts into the collectives of one such layer."""
         return sum(one.bytes for one in self.collectives)
-
-
-def layer_of(name: str) -> str:
-    """The path of the layer in which `name` is, up to its first number: "model.layers.3". "" outside of layers."""
-    found = re.match(r"(.*?\.)?\d+(?=\.|$)", name)
-    return found[0] if found else ""
 
 
 def kinds(plan: Plan, collectives: Iterable[Collective], flows: Mapping[str, tuple[Node, ...]]) -> tuple[LayerKind, ...]:

@@ -22,7 +22,7 @@ from shardwise.hf.build import build, build_on_meta, class_of
 from shardwise.hf.configs import config_parts, config_text
 from shardwise.hf.dropout import config_without_dropout, without_dropout
 from shardwise.hf.feeds import in_training, sample_feeds
-from shardwise.hf.kinds import cut, layer_kinds, layer_of
+from shardwise.hf.kinds import cut, layer_kinds
 from shardwise.hf.load import load_lazily
 from shardwise.hf.quantization import quantization, without_quantization
 from shardwise.hf.recording import hidden_states_are_recorded
@@ -66,7 +66,6 @@ __all__ = [
     "hidden_states_are_recorded",
     "in_training",
     "layer_kinds",
-    "layer_of",
     "load_adapter",
     "load_lazily",
     "model_rules",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Hashable, Mapping
 
 from torch import nn
 from transformers import PreTrainedConfig
+
+from shardwise.names import layer_of
 
 _DEPTHS = (
     *("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
@@ -33,12 +34,6 @@ def _depths(text: PreTrainedConfig) -> list[str]:
     """The fields of a text model's config that say how many layers there are."""
     names = [name for name in _DEPTHS if isinstance(vars(text).get(name), int)]
     return names or [name for name in _DEPTHS if hasattr(text, name)][:1]
-
-
-def layer_of(name: str) -> str:
-    """The path of the layer in which `name` is, up to its first number: "model.layers.3". "" outside of layers."""
-    found = re.match(r"(.*?\.)?\d+(?=\.|$)", name)
-    return found[0] if found else ""
 
 
 def layer_kinds(model: nn.Module) -> dict[str, Hashable]:

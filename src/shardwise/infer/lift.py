@@ -8,8 +8,8 @@ from dataclasses import replace
 from torch import nn
 
 from shardwise.errors import PlanError, describe
-from shardwise.hf import layer_kinds, layer_of
-from shardwise.names import Names
+from shardwise.hf import layer_kinds
+from shardwise.names import Names, layer_of
 from shardwise.plan import wildcard
 from shardwise.spec import Rule
 

@@ -6,9 +6,9 @@ from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 
-from shardwise.hf import layer_of
 from shardwise.layers import Replicate
 from shardwise.layout import Replicated
+from shardwise.names import layer_of
 from shardwise.plan import Plan, wildcard
 from shardwise.spec import ModuleSpec, Rule, ShardSpec
 

@@ -8,13 +8,14 @@ from dataclasses import replace
 from torch import nn
 
 from shardwise.errors import PlanError, describe, first_of
-from shardwise.hf import Feed, layer_of
+from shardwise.hf import Feed
 from shardwise.infer.parts import Part, only, parts_of
 from shardwise.infer.proof import Island, Proof
 from shardwise.infer.simulate import Reference, check
 from shardwise.infer.subject import subject
 from shardwise.infer.surroundings import plain_surroundings
 from shardwise.layers import STYLES
+from shardwise.names import layer_of
 from shardwise.plan import Plan
 from shardwise.testing import within_threads
 

@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from inspect import signature
 from itertools import islice, product
+from operator import attrgetter
 from typing import Any, Literal
 
 import torch
@@ -222,7 +223,7 @@ def patched(model: nn.Module, proposals: Iterable[tuple[Proposal, Patch]], size:
             place = f"{proposal.place}.{path}".strip(".")
             if place not in there:  # parts of the same kinds share a patch, and may call their modules by other names
                 continue
-            value = _read(model.get_submodule(place), name)
+            value = int(attrgetter(name)(model.get_submodule(place)))
             local.setdefault(place, {})[name] = _local(value, counts, proposal, size)
         for place, attributes in local.items():
             known = rules.get(place)
@@ -247,10 +248,3 @@ def _norms_outside(model: nn.Module, proposals: Iterable[Proposal], rules: Mappi
             name = f"{place}.{child}"
             if "norm" in child and name not in rules and f"{name}.weight" not in rules and not norm._modules:
                 yield Rule(name, "replicate", "inferred", reason="what it normalises is whole")
-
-
-def _read(module: nn.Module, name: str) -> int:
-    value: Any = module
-    for part in name.split("."):
-        value = getattr(value, part)
-    return int(value)

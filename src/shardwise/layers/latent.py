@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from shardwise.collectives import copy_to_tp
 from shardwise.errors import PlanError
+from shardwise.layers.base import ParallelStyle
 from shardwise.layers.linear import ColwiseGatherOutput
 from shardwise.layers.replicated import Replicate
 
@@ -16,11 +17,25 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
-class MlaKvAProjParallel(Replicate):
+class SummedRotary(ParallelStyle):
+    """What the styles of the latent projection share: the gradient of its rotary outputs is summed.
+
+    Option `rotary`: how many of the last features these are.
+    """
+
+    @classmethod
+    def options(cls, module: nn.Module, parent: nn.Module) -> dict[str, int]:
+        return {"rotary": _rotary(parent)}
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _sum_rotary(super().forward(input), self._tp.options["rotary"], self._tp.mesh)
+
+
+class MlaKvAProjParallel(SummedRotary, Replicate):
     """The latent projection, whole on every rank.  X (..., in) I -> (..., latent I | rotary R).
 
     The latent part goes on to `kv_b_proj`, which sums its gradient itself; the rotary part is read by this rank's heads
-    alone, so its gradient is summed here. Option `rotary`: how many of the last features are rotary.
+    alone, so its gradient is summed here.
     """
 
     prefix = "MlaKvA"
@@ -33,27 +48,13 @@ class MlaKvAProjParallel(Replicate):
             else f"{type(module).__name__} is not a linear layer (it has no out_features)"
         )
 
-    @classmethod
-    def options(cls, module: nn.Module, parent: nn.Module) -> dict[str, int]:
-        return {"rotary": _rotary(parent)}
 
-    def forward(self, input: Tensor) -> Tensor:
-        return _sum_rotary(super().forward(input), self._tp.options["rotary"], self._tp.mesh)
-
-
-class MlaKvAProjGatherOutput(ColwiseGatherOutput):
+class MlaKvAProjGatherOutput(SummedRotary, ColwiseGatherOutput):
     """`MlaKvAProjParallel` of which every rank keeps its part of the rows, and the outputs are gathered: less memory, for one
     more all-gather in forward and one more all-reduce in backward.
     """
 
     prefix = "MlaKvAGather"
-
-    @classmethod
-    def options(cls, module: nn.Module, parent: nn.Module) -> dict[str, int]:
-        return {"rotary": _rotary(parent)}
-
-    def forward(self, input: Tensor) -> Tensor:
-        return _sum_rotary(super().forward(input), self._tp.options["rotary"], self._tp.mesh)
 
 
 def _rotary(parent: nn.Module) -> int:

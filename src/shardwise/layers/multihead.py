@@ -13,7 +13,7 @@ from shardwise.errors import ShardwiseError, describe
 from shardwise.layers.base import Local
 from shardwise.layers.region import local_random_stream
 from shardwise.layers.replicated import LocalParamsParallel
-from shardwise.layout import Block
+from shardwise.layout import Block, local_numbers
 
 
 class LocalMultihead(LocalParamsParallel):
@@ -129,7 +129,7 @@ class LocalMultihead(LocalParamsParallel):
         if average:
             weights = reduce_from_tp(weights.sum(1), mesh) / self._heads
         else:
-            sizes = tuple(Block(self._heads).local_length(rank, mesh.size()) for rank in range(mesh.size()))
+            sizes = local_numbers(self._heads, self._heads, mesh.size())
             weights = gather_from_tp(weights, mesh, 1, sizes)
         return weights if batched else weights.squeeze(0)
 

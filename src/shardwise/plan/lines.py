@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass, field, fields
 from math import prod
 from typing import TYPE_CHECKING
 
+from shardwise.names import wildcard
 from shardwise.notation import write_cut, write_local
-from shardwise.spec import Rule, ShardSpec, Source, wildcard
+from shardwise.spec import Rule, ShardSpec, Source
 
 if TYPE_CHECKING:
     from shardwise.plan.table import Plan

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shardwise.errors import PlanError, describe
+from shardwise.names import wildcard
 from shardwise.plan import lines, show
 from shardwise.plan.origin import Origin
 from shardwise.report import as_text
-from shardwise.spec import ModuleSpec, Rule, ShardSpec, wildcard
+from shardwise.spec import ModuleSpec, Rule, ShardSpec
 
 if TYPE_CHECKING:
     from torch import nn

@@ -100,8 +100,8 @@ def jamba(model: nn.Module, prefix: str, size: int) -> list[Rule]:
     ]
 
 
-def bamba(model: nn.Module, prefix: str, size: int) -> list[Rule]:
-    """Attention in some layers, a Mamba-2 mixer in the others, and an MLP in all."""
+def mamba2_and_attention(model: nn.Module, prefix: str, size: int) -> list[Rule]:
+    """Attention, a Mamba-2 mixer, in each layer one of them (Bamba) or both (Falcon-H1), and an MLP."""
     return [*attention(model, prefix), *mlp(prefix, "layers.*.feed_forward"), *mamba2(model, prefix, "layers.*.mamba", size)]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from shardwise.layers import Cut
-from shardwise.layout import Block
+from shardwise.layout import local_numbers
 from shardwise.plans.parts import WITHOUT, rule
 from shardwise.spec import Rule
 
@@ -106,7 +106,7 @@ def _attention(
     """Projections and an output cut between heads, in a module whose code counts them by the attribute `count`."""
     heads, width = getattr(module, count), getattr(module, inside[0]).out_features
     cut = Cut(unit=width // heads)
-    local = tuple(Block(heads).local_length(rank, size) for rank in range(size))
+    local = local_numbers(heads, heads, size)
     return [
         *(Rule(f"{name}.{child}", "colwise", "shardwise", cut, reason=WITHOUT) for child in inside),
         Rule(output, "rowwise", "shardwise", cut, reason=WITHOUT),

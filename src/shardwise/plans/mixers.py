@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from shardwise.layers import Cut
-from shardwise.layout import Block
+from shardwise.layout import Block, local_lengths
 from shardwise.plan import wildcard
 from shardwise.plans.parts import places, rule
 from shardwise.spec import Rule
@@ -68,7 +68,7 @@ def _channels(name: str, module: Any, size: int) -> list[Rule] | None:
         *(_rule(f"{name}.{child}", "local_rows", _CHANNELS) for child in ("dt_proj", "A_log", "D")),
         *_summed_norms(name, module),
         _rule(f"{name}.out_proj", "rowwise", _CHANNELS),
-        _local(name, module, {"intermediate_size": _lengths((channels,), size)}, _CHANNELS),
+        _local(name, module, {"intermediate_size": local_lengths((channels,), size)}, _CHANNELS),
     ]
 
 
@@ -81,7 +81,7 @@ def _heads_of_channels(name: str, module: Any, size: int) -> list[Rule] | None:
         return None
     owned = ("x_proj_weight", "dt_proj_weight", "dt_proj_bias", "A_log", "D")
     channels = Block(heads * width, width)
-    local = {"n_mamba_heads": _lengths((Block(heads),), size), "intermediate_size": _lengths((channels,), size)}
+    local = {"n_mamba_heads": local_lengths((Block(heads),), size), "intermediate_size": local_lengths((channels,), size)}
     return [
         _rule(f"{name}.in_proj", "colwise", _HEADS, unit=2 * width),
         *_convolution(name, (channels,), size, _HEADS),
@@ -155,16 +155,16 @@ class _Mamba2:
         if any(True for _ in module.norm.parameters()):
             yield _rule(f"{name}.norm", "sharded_norm", _HEADS, unit=self.features.unit)
         yield _rule(f"{name}.out_proj", "rowwise", _HEADS, unit=self.features.unit)
-        groups = _lengths((self.groups,), self.size)
+        groups = local_lengths((self.groups,), self.size)
         yield _local(
             name,
             module,
             {
-                "num_heads": _lengths((self.heads,), self.size),
-                "intermediate_size": _lengths((self.features,), self.size),
+                "num_heads": local_lengths((self.heads,), self.size),
+                "intermediate_size": local_lengths((self.features,), self.size),
                 "n_groups": tuple(length // module.ssm_state_size for length in groups),
                 "groups_time_state_size": groups,
-                "conv_dim": _lengths(convolved, self.size),
+                "conv_dim": local_lengths(convolved, self.size),
             },
             _HEADS,
         )
@@ -172,7 +172,7 @@ class _Mamba2:
 
 def _convolution(name: str, blocks: tuple[Block, ...], size: int, reason: str) -> Iterator[Rule]:
     """The depthwise convolution of a mixer."""
-    lengths = _lengths(blocks, size)
+    lengths = local_lengths(blocks, size)
     attributes = dict.fromkeys(("in_channels", "out_channels", "groups"), lengths)
     yield replace(_rule(f"{name}.conv1d", "local_rows", reason, blocks=blocks), attributes=attributes)
 
@@ -203,8 +203,3 @@ def _whole(name: str, module: nn.Module, size: int) -> list[Rule]:
 
 def _rule(name: str, style: str, reason: str, unit: int = 1, blocks: tuple[Block, ...] = ()) -> Rule:
     return replace(rule(name, style, reason), cut=Cut(unit=unit, blocks=blocks))
-
-
-def _lengths(blocks: tuple[Block, ...], size: int) -> tuple[int, ...]:
-    """What each rank has of the blocks together."""
-    return tuple(sum(block.local_length(rank, size) for block in blocks) for rank in range(size))

@@ -28,11 +28,6 @@ def mamba2_alone(model: nn.Module, prefix: str, size: int) -> list[Rule]:
     return mamba2(model, prefix, "layers.*.mixer", size)
 
 
-def falcon_h1(model: nn.Module, prefix: str, size: int) -> list[Rule]:
-    """Falcon-H1: attention and a Mamba-2 mixer side by side, and an MLP."""
-    return [*attention(model, prefix), *mlp(prefix, "layers.*.feed_forward"), *mamba2(model, prefix, "layers.*.mamba", size)]
-
-
 def zamba(model: nn.Module, prefix: str, size: int) -> list[Rule]:
     """Zamba: multi-head Mamba mixers, and in front of some of them a decoder layer that they share."""
     shared = "layers.*.shared_transf"

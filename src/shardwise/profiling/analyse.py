@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from shardwise.debug.record import layer_of
+from shardwise.names import layer_of
 from shardwise.plan import wildcard
 from shardwise.profiling.breakdown import Breakdown, Found, breakdown
 from shardwise.profiling.calls import Call, clock_violation
