@@ -35,6 +35,20 @@ def pool(size: int, backend: str | None = "") -> Iterator[RankPool]:
         yield ranks
 
 
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[RankPool]:
+    """Two of them."""
+    with pool(2) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def one() -> Iterator[RankPool]:
+    """One rank alone, on nccl where there is a GPU."""
+    with pool(1) as started:
+        yield started
+
+
 def axis(device: str = DEVICE) -> DeviceMesh:
     """On a rank: all ranks as the tp axis."""
     return init_device_mesh(device, (dist.get_world_size(),), mesh_dim_names=("tp",))

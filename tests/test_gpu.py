@@ -7,7 +7,7 @@ switches TF32 on for nobody).
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -30,7 +30,9 @@ from figures import (
     measure_rounded_sharded,
     measure_sharded,
 )
-from gpus import DEVICE, axis, compiles, needs_cuda, pool
+from gpus import DEVICE, axis, compiles, needs_cuda
+from gpus import one as one
+from gpus import ranks as ranks
 from llamas import IDS, llama
 from models import batches
 from shardwise import tiny
@@ -62,20 +64,6 @@ CASES: dict[str, tuple[str, dict[str, object], dict[str, object]]] = {
     "mixtral travelling": ("mixtral", {}, {"ep_size": 2, "tp_plan": {"layers.*.mlp.experts": "ep_all_to_all_experts"}}),
     "gpt_oss": ("gpt_oss", {}, {}),
 }
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[RankPool]:
-    """Two of them."""
-    with pool(2) as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
-def one() -> Iterator[RankPool]:
-    """One process beside them."""
-    with pool(1) as started:
-        yield started
 
 
 def checkpoint(factory: pytest.TempPathFactory, name: str) -> Path:

@@ -15,6 +15,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.testing import assert_close
 
 from gpus import DEVICE, REHEARSED, axis, captures, compiles, needs_cuda, pool
+from gpus import one as one
+from gpus import ranks as ranks
 from shardwise.collectives import (
     all_to_all,
     copy_to_tp,
@@ -58,20 +60,6 @@ def chain(x: Tensor, mesh: DeviceMesh) -> Tensor:
     x = gather_from_tp(x.cos(), mesh, 1)
     rows = (4 // mesh.size(),) * mesh.size()
     return all_to_all(x, mesh, rows, rows)
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[RankPool]:
-    """Two of them."""
-    with pool(2) as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
-def one() -> Iterator[RankPool]:
-    """One rank, on nccl."""
-    with pool(1) as started:
-        yield started
 
 
 @pytest.fixture(scope="module")

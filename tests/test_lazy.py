@@ -3,43 +3,17 @@
 from __future__ import annotations
 
 import copy
-import math
 import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from lazy_sources import Memory
 from shardwise.errors import CheckpointError
 from shardwise.lazy import Box, LazyTensor, lazy, read, read_into, sources
-
-
-@dataclass(eq=False)
-class Memory:
-    """A source that remembers which boxes it was asked for."""
-
-    tensor: Tensor
-    name: str = "weight"
-    asked: list[Box] = field(default_factory=list)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.tensor.shape)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.tensor.dtype
-
-    def read(self, box: Box) -> Tensor:
-        self.asked.append(box)
-        return self.tensor[tuple(slice(*bounds) for bounds in box)]
-
-    @property
-    def elements(self) -> int:
-        return sum(math.prod(stop - start for start, stop in box) for box in self.asked)
 
 
 def _full(tensor: Tensor) -> Box:

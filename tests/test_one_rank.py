@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 import shardwise
 from figures import gradient_error
 from gpus import DEVICE, axis, pool
+from gpus import one as one
 from llamas import llama
 from models import batches, checkpoint
 from shardwise.hf import model_rules
@@ -23,13 +24,6 @@ from shardwise.testing import RankPool
 from shardwise.testing.fake import fake_rank
 
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
-
-
-@pytest.fixture(scope="module")
-def one() -> Iterator[RankPool]:
-    """One rank, on nccl where there is a GPU."""
-    with pool(1) as started:
-        yield started
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 
 import shardwise
+from lazy_sources import Memory
 from llamas import TINY
 from shardwise.checkpoint import dequantized
 from shardwise.errors import CheckpointError
 from shardwise.lazy import lazy, read
 from shardwise.loading import load_dequantized
-from test_lazy import Memory
 
 E2M1 = (0, 0.5, 1, 1.5, 2, 3, 4, 6)
 E4M3 = torch.float8_e4m3fn
