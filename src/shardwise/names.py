@@ -19,6 +19,11 @@ def layer_of(name: str) -> str:
     return found[0] if found else ""
 
 
+def join(parent: str, child: str) -> str:
+    """The name of `child` in the module called `parent`, which is "" for the model itself."""
+    return f"{parent}.{child}" if parent else child
+
+
 class Names:
     """Names of modules, parameters and buffers, matched once a family of alike layers, not once a layer.
 

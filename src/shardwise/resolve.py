@@ -4,7 +4,7 @@ changed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from shardwise import problems
+from shardwise.assignment import assigned, own_tensors, summed_experts
 from shardwise.heads import Heads, heads_of, reads_other_keys, runs_over_kv
 from shardwise.layers import (
     ALIGNED,
@@ -28,7 +29,7 @@ from shardwise.layers import (
 from shardwise.layers.linear import ColwiseGatherOutput, LinearStyle, RowwiseSplitInput
 from shardwise.layers.registry import style_named
 from shardwise.layout import Layout, Replicated, Shape
-from shardwise.names import Names
+from shardwise.names import join
 from shardwise.norms import head_norms
 from shardwise.plan import Plan
 from shardwise.spec import ModuleSpec, Rule, ShardSpec, sums_gradient
@@ -42,9 +43,9 @@ def resolve(model: nn.Module, rules: Sequence[Rule], size: int, ep_size: int | N
     size that can't be cut.
     """
     resolver = _Resolver(model, size, ep_size or size)
-    resolver.assign(rules)
+    resolver.rules |= assigned(rules, resolver.modules, resolver.tensors, resolver.buffers)
     resolver.rules |= head_norms(resolver.modules, resolver.rules, size)
-    resolver.rules |= resolver.summed_experts()
+    resolver.rules |= summed_experts(resolver.modules, resolver.rules)
     rows = tuple(resolver.rows())
     modules = tuple(resolver.module_rows({row.name: row for row in rows}))
     return Plan(size, rows, modules, resolver.ep_size, resolver.rules)
@@ -62,53 +63,6 @@ class _Resolver:
         self.modules = dict(self.model.named_modules(remove_duplicate=False))
         self.tensors: dict[str, torch.Tensor] = dict(self.model.named_parameters(remove_duplicate=False))
         self.buffers = dict(self.model.named_buffers(remove_duplicate=False))
-
-    def assign(self, rules: Sequence[Rule]) -> None:
-        """Give each module and tensor the last rule that names it."""
-        names = Names((*self.modules, *self.tensors, *self.buffers))
-        for rule in rules:
-            style_named(rule.style, str(rule))
-            hits = names.matching(rule)
-            if not hits and rule.source == "user":
-                raise problems.matches_nothing(rule, names.families())
-            for name in hits:
-                self.rules[name] = rule
-            if rule.source == "user":
-                self._give_up(hits)
-                if style_named(rule.style, str(rule)) is Replicate:
-                    self._keep_whole(hits, rule)
-
-    def _give_up(self, names: Iterable[str]) -> None:
-        """Where we keep parameters whole, a rule of the user's for their module holds."""
-        for name in names:
-            for child in _direct(self.modules[name]) if name in self.modules else ():
-                kept = self.rules.get(_join(name, child))
-                if kept is not None and kept.source == "shardwise" and kept.style == "replicate":
-                    del self.rules[_join(name, child)]
-
-    def _keep_whole(self, names: Iterable[str], rule: Rule) -> None:
-        """Whatever is inside of a module that the user keeps whole is whole, but for what the user says of it."""
-        places, depth = {name for name in names if name in self.modules}, rule.pattern.count(".") + 1
-        inside = [key for key in {**self.rules, **self.tensors} if _outer(key, depth) in places]
-        for key in inside:
-            if key not in self.rules or self.rules[key].source != "user":
-                self.rules[key] = rule
-        for key in inside:
-            if key in self.modules and self.rules[key] is rule:
-                del self.rules[key]
-
-    def summed_experts(self) -> dict[str, Rule]:
-        """Rules for stacked experts whose weights are split by rules, and whose outputs no rule sums."""
-        reason = "its experts are split, and no rule says that their outputs are summed"
-        found = {}
-        for name, module in self.modules.items():
-            stacked = [child for child, p in module._parameters.items() if p is not None and p.dim() == _STACKED]
-            rules = [self.rules.get(_join(name, child)) for child in stacked]
-            styles = [style_named(rule.style, str(rule)) for rule in rules if rule is not None]
-            split = len(styles) == len(rules) > 1 and all(issubclass(s, LinearStyle) and s.axis == "tp" for s in styles)
-            if split and name not in self.rules and MoeExpertsParallel.refuses(module) is None:
-                found[name] = Rule(name, "moe_tp_experts", "shardwise", reason=reason)
-        return found
 
     def rows(self) -> Iterator[ShardSpec]:
         """One row a tensor; names that are tied to one tensor share it."""
@@ -129,7 +83,7 @@ class _Resolver:
         for name, module in self.modules.items():
             rule = self.rules.get(name)
             self._check_module(name, module, rule)
-            own = {child: by_name[_join(name, child)] for child in _direct(module)}
+            own = {child: by_name[join(name, child)] for child in own_tensors(module)}
             style = style_named(rule.style, str(rule)) if rule else LocalParamsParallel
             self._check_experts(name, style, rule, by_name)
             attributes = self._attributes(name, module, style, own)
@@ -171,11 +125,11 @@ class _Resolver:
         return ShardSpec(name, shape, tensor.dtype, layout, partial, name in self.buffers, rule, axis=axis)
 
     def _check_module(self, name: str, module: nn.Module, rule: Rule | None) -> None:
-        if rule is not None and not _direct(module) and (problem := style_named(rule.style, str(rule)).refuses(module)):
+        if rule is not None and not own_tensors(module) and (problem := style_named(rule.style, str(rule)).refuses(module)):
             raise problems.refused(name, problem, rule)
         if heads_of(module) is None:
             return
-        rules = {c: self.rules.get(_join(name, c)) for c in _PROJECTIONS if module._modules.get(c) is not None}
+        rules = {c: self.rules.get(join(name, c)) for c in _PROJECTIONS if module._modules.get(c) is not None}
         styles = {child: style_named(rule.style, str(rule)) if rule else Replicate for child, rule in rules.items()}
         whole = [child for child, style in styles.items() if issubclass(style, Replicate | ColwiseGatherOutput)]
         local = [child for child, style in styles.items() if _ends_at_heads(style)]
@@ -219,7 +173,7 @@ class _Resolver:
         rule = self.rules.get(name)
         found: dict[str, tuple[int | None, ...]] = dict(rule.attributes) if rule else {}
         for child in module._modules:
-            if (below := self.rules.get(_join(name, child))) is not None:
+            if (below := self.rules.get(join(name, child))) is not None:
                 found |= below.parent_attributes
         if rule is not None:
             found = self._local_attributes(module, style, own) | found
@@ -247,7 +201,7 @@ class _Resolver:
 
     def _shares_kv_heads(self, name: str, module: nn.Module) -> bool:
         children = ("q_proj",) if reads_other_keys(module) else ("k_proj", "v_proj")
-        rules = [self.rules.get(_join(name, child)) for child in children]
+        rules = [self.rules.get(join(name, child)) for child in children]
         heads = heads_of(module)
         return (
             heads is not None
@@ -271,7 +225,6 @@ class _Resolver:
         return {p: dropout[p] and p in closes for p, count in opens.items() if p in closes and (count > 1 or dropout[p])}
 
 
-_STACKED = 3  # dims of the weights of several experts
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
@@ -298,20 +251,6 @@ def _expert_cut(style: type[ParallelStyle], shape: Shape, size: int) -> Cut | No
 
 def _axis(style: type[ParallelStyle], own: Mapping[str, ShardSpec]) -> Axis:
     return "ep" if style.axis == "ep" or any(row.axis == "ep" for row in own.values()) else "tp"
-
-
-def _direct(module: nn.Module) -> Iterable[str]:
-    return [name for group in (module._parameters, module._buffers) for name, value in group.items() if value is not None]
-
-
-def _outer(name: str, depth: int) -> str | None:
-    """The first `depth` segments of a name that has more."""
-    parts = name.split(".")
-    return ".".join(parts[:depth]) if len(parts) > depth else None
-
-
-def _join(parent: str, child: str) -> str:
-    return f"{parent}.{child}" if parent else child
 
 
 def read_attribute(module: nn.Module | None, attribute: str) -> Any:
