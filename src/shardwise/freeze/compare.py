@@ -7,8 +7,7 @@ from transformers import PreTrainedConfig
 
 from shardwise.errors import PlanError
 from shardwise.freeze.own import difference, own, plan_difference
-from shardwise.freeze.recorded import SIZE
-from shardwise.freeze.sizes import models, tiny_config
+from shardwise.freeze.sizes import SIZE, models, tiny_config
 from shardwise.hf import base_model, model_rules
 from shardwise.infer import infer_plan
 from shardwise.plan import Plan, wildcard

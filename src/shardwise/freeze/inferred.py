@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 from shardwise.errors import PlanError
 from shardwise.freeze.found import Found, NotFrozen
 from shardwise.freeze.rules import inferred_lines
-from shardwise.freeze.sizes import models, other_options, other_sizes, unrelated_sizes
+from shardwise.freeze.sizes import SIZE, models, other_options, other_sizes, unrelated_sizes
 from shardwise.hf import base_model, frozen_model_rules
 from shardwise.infer import cut_share, infer, prove
 from shardwise.plan import Plan
@@ -20,9 +20,6 @@ from shardwise.plans.frozen.fits import classes, matrices, options
 from shardwise.resolve import resolve
 from shardwise.spec import Rule
 
-SIZE = 2
-MORE = 0.01
-"""By so much of the model a frozen plan has to cut more than the model's own, to be used in its place."""
 LEAST = 0.5
 """A plan that cuts less of a model is not worth keeping."""
 

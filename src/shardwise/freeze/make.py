@@ -6,8 +6,8 @@ from shardwise.errors import PlanError
 from shardwise.freeze.found import NotFrozen
 from shardwise.freeze.inferred import inferred
 from shardwise.freeze.own import brought
-from shardwise.freeze.recorded import SIZE, recorded
-from shardwise.freeze.sizes import models, tiny_config
+from shardwise.freeze.recorded import recorded
+from shardwise.freeze.sizes import SIZE, models, tiny_config
 from shardwise.infer import cut_share, prove
 from shardwise.plans.frozen import Frozen
 

@@ -11,14 +11,13 @@ from shardwise.errors import PlanError
 from shardwise.freeze.found import NotFrozen
 from shardwise.freeze.own import Own, brought, difference, own
 from shardwise.freeze.rules import exact_lines
-from shardwise.freeze.sizes import Change, models, other_numbers, other_options, other_sizes, unrelated_sizes
+from shardwise.freeze.sizes import SIZE, Change, models, other_numbers, other_options, other_sizes, unrelated_sizes
 from shardwise.hf import base_model
 from shardwise.infer import cut_share, prove
 from shardwise.plan import wildcard
 from shardwise.plans.frozen import Frozen, Variant
 from shardwise.plans.frozen.fits import options
 
-SIZE = 2
 MORE_RANKS = 4
 
 

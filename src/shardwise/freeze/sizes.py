@@ -15,6 +15,9 @@ from transformers import AutoModel, PreTrainedConfig
 from shardwise import tiny
 from shardwise.plans.frozen.scope import field, integer
 
+SIZE = 2
+"""Ranks on which plans are made to be frozen."""
+
 Make = Callable[[PreTrainedConfig], nn.Module]
 Change = Callable[[PreTrainedConfig], PreTrainedConfig]
 """A config like another one."""

@@ -105,7 +105,7 @@ def make_checks(settings: Settings, found: Findings) -> list[Check]:
             found.replicas[0] if count else "",
         )
     )
-    return [*checks, _tokens_check(settings, found), _saved_check(found)]
+    return [*checks, _tokens_check(found), _saved_check(found)]
 
 
 def _train(settings: Settings, found: Findings, model: Any, called: Any, feed: Feed, number: int) -> None:
@@ -178,7 +178,7 @@ def _not_reached(name: str) -> Check:
     return Check(name, None, 0, "", "not reached", reached=False)
 
 
-def _tokens_check(settings: Settings, found: Findings) -> Check:
+def _tokens_check(found: Findings) -> Check:
     name = "generated rows that differ"
     if why := found.skipped.get("tokens"):
         return Check(name, None, 0, "", why)

@@ -47,7 +47,7 @@ def import_styles(settings: Settings) -> None:
         register_style(name, getattr(importlib.import_module(place), kind))
 
 
-def load_whole(settings: Settings, path: str, dtype: torch.dtype) -> PreTrainedModel:
+def load_whole(path: str, dtype: torch.dtype) -> PreTrainedModel:
     """The ordinary model, in this process, without dropout, in training mode."""
     config = _config(path)
     if quantization(config) is None:

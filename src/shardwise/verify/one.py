@@ -35,7 +35,7 @@ def one_process(settings: Settings, job: str) -> None:
         return
     if job == "one":
         write_checkpoint(settings)
-    model = load_whole(settings, checkpoint(settings), settings.torch_dtype)
+    model = load_whole(checkpoint(settings), settings.torch_dtype)
     if job == "exact":
         model.float()
     given = feeds(settings, model)
@@ -54,7 +54,7 @@ def recorded_by_one(settings: Settings) -> Recorded:
 
 
 def _record(settings: Settings) -> None:
-    model = load_whole(settings, checkpoint(settings), torch.float32)
+    model = load_whole(checkpoint(settings), torch.float32)
     with Recorder(model, settings.entered) as recorder:
         forward(model, model, feeds(settings, model)[settings.recorded])[1].backward()
     recorder.save(Path(settings.folder) / "recorded by one.pt")

@@ -57,7 +57,7 @@ def find_culprit(settings: Settings, number: int) -> Culprit | None:
         return None
     if found is None:
         return _only_raised(side)
-    return _explain(found, blamed[0], side, one, [trial for trial in trials if trial is not None])
+    return _explain(found, blamed[0], side, [trial for trial in trials if trial is not None])
 
 
 def _record_ranks(settings: Settings, plan: Any, number: int, what: str) -> _Side:
@@ -160,7 +160,7 @@ def rule_of(plan: Plan, module: str) -> str:
     return str(rule) if rule is not None else "no rule: every rank computes it alike"
 
 
-def _explain(found: Difference, blamed: str, side: _Side, one: Recorded, trials: Sequence[Hypothesis]) -> Culprit:
+def _explain(found: Difference, blamed: str, side: _Side, trials: Sequence[Hypothesis]) -> Culprit:
     key = found.key
     bias = side.biases.get(blamed) if key.kind == "output" else None
     made = ranked([*hypotheses(found, side.plan.size, bias), *trials])
@@ -175,7 +175,7 @@ def _explain(found: Difference, blamed: str, side: _Side, one: Recorded, trials:
         numbers=_numbers(found),
         hypotheses=tuple(made),
         note=_note(key, blamed, side, found),
-        way_on=_way_on(key, blamed, found),
+        way_on=_way_on(blamed, found),
     )
 
 
@@ -219,7 +219,7 @@ def _note(key: Key, blamed: str, side: _Side, found: Difference) -> str:
     return note
 
 
-def _way_on(key: Key, blamed: str, found: Difference) -> tuple[str, ...]:
+def _way_on(blamed: str, found: Difference) -> tuple[str, ...]:
     phase = "backward" if found.backward else "forward"
     return (
         f'shardwise.break_on("{blamed}", phase="{phase}")  # stops at its collectives',
