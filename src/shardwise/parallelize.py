@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -36,6 +36,9 @@ from shardwise.model_state import STATE, ModelState, refuse_parallel, required_s
 from shardwise.plan import Plan
 from shardwise.replicas import checksum, first_difference
 from shardwise.spec import ModuleSpec, ShardSpec, sums_gradient
+
+if TYPE_CHECKING:
+    pass
 
 ReadShard = Callable[[ShardSpec, Tensor], Tensor]
 _DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"

@@ -73,7 +73,7 @@ def _merged(model: nn.Module, size: int, ep_size: int | None, own: list[Rule]) -
     rules = [*model_rules(model, size, expert_parallel=ep_size is not None), *own]
     if size == 1:
         rules = [rule for rule in rules if rule.source == "user" or style_named(rule.style, str(rule)).axis == "ep"]
-    return _checked(model, resolve(model, rules, size, ep_size))
+    return _finished(model, resolve(model, rules, size, ep_size))
 
 
 def _auto(model: nn.Module, size: int) -> Plan:
@@ -82,10 +82,11 @@ def _auto(model: nn.Module, size: int) -> Plan:
     if not brought:
         return plan_unknown(model, size)
     table = resolve(model, brought, size)
-    return _completed(model, table, brought) or _checked(model, table)
+    return _completed(model, table, brought) or _finished(model, table)
 
 
-def _checked(model: nn.Module, table: Plan) -> Plan:
+def _finished(model: nn.Module, table: Plan) -> Plan:
+    """`table`, which knows what it was made of. Raises `PlanError` for one that leaves much unsaid, or parts of the logits."""
     check_coverage(model, table)
     check_head(model, table)
     return replace(table, origin=origin_of(model))
