@@ -97,7 +97,7 @@ def test_demo_bites(pool2, tmp_path: Path) -> None:
 
 
 def test_sound_numbers_pass() -> None:
-    """The base of the tests below: these numbers are those of a sound run."""
+    """Guards: checks that fail whatever happens, which the tests below would not see: these are the numbers of a sound run."""
     assert all(check.passed for check in make_checks(FOUND, loss_fall=0.5))
 
 

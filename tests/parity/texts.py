@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from parity.seen import END, SIDE, Other, ids, noise
+from shardwise.tiny.sizes import COMMON
 
 LENGTH = 9
 MASKED, SEQUENCE, TOKENS, ANSWERS = "MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering"
@@ -58,15 +59,14 @@ PAGE = {"max_2d_position_embeddings": 64}
 EXPERTS = {"num_experts": 4, "router_jitter_noise": 0.0, "expert_capacity": 64}
 T5GEMMA = {
     "model_type": "t5_gemma_module",
-    "vocab_size": 127,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "sliding_window": 8,
     "attention_dropout": 0.0,
+    **{
+        field: COMMON[field]
+        for field in (
+            *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+            *("num_key_value_heads", "head_dim", "sliding_window"),
+        )
+    },
 }
 
 ENCODERS: dict[str, Other] = {
@@ -172,7 +172,9 @@ ENCODER_DECODERS: dict[str, Other] = {
     "switch_transformers": Other(text, (SEQ2SEQ,), _t5(**EXPERTS, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1)),
     "t5": Other(text, ("", SEQ2SEQ, SEQUENCE, TOKENS), _t5(), decodes=True),
     "t5gemma": Other(
-        text, (SEQ2SEQ,), {"encoder": T5GEMMA, "decoder": T5GEMMA, "vocab_size": 127, "decoder_start_token_id": 1}
+        text,
+        (SEQ2SEQ,),
+        {"encoder": T5GEMMA, "decoder": T5GEMMA, "vocab_size": 127, "decoder_start_token_id": 1},
     ),
     "umt5": Other(text, (SEQ2SEQ, SEQUENCE), _t5(**GATED)),
 }

@@ -6,7 +6,6 @@ from functools import cache
 
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from parity.calls import CALLS, Call
 from parity.job import Subject
@@ -73,7 +72,7 @@ OURS = (
     "zamba2",
     "zaya",
 )
-"""Types to which shardwise gives a plan, transformers none."""
+"""Types to which shardwise gives a plan by name, and transformers none."""
 
 
 def build(name: str, **options: object) -> PreTrainedModel:
@@ -120,7 +119,7 @@ def default(name: str) -> PreTrainedConfig:
 @cache
 def every() -> tuple[str, ...]:
     """Every causal-LM type, in alphabetical order."""
-    return tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+    return tuple(tiny.types())
 
 
 @cache
