@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from shardwise.infer.islands import Island, Owners, find_islands, together
+from shardwise.infer.islands import Island, Owners, falls_apart, find_islands, together
 from shardwise.infer.products import Product
 from shardwise.infer.sampled import EVERY, NONE, Codes, Reads
 
@@ -22,10 +22,14 @@ def islands_of(reads: Sequence[Reads], in_blocks: Callable[[Product], Reads], si
     """
     for group in together(reads):
         coded = [one.codes for one in group if one.codes is not None]
-        found = _among_many(group, coded) if len(coded) == len(group) else None
-        if found is not None:
-            yield found
-            continue
+        numbers = _agreed(coded) if len(coded) == len(group) else None
+        if numbers is not None:
+            few = _asked_alone(group, coded[0].asked, numbers)
+            found = _among_many(group, coded, few, numbers)
+            if found is not None:
+                yield found
+            if found is not None or not falls_apart(few):  # nor does all of it
+                continue
         group = [in_blocks(one.product) if one.codes is not None else one for one in group]
         for island in find_islands(group, size):
             units = {one.product: one.unit for one in group}
@@ -38,20 +42,24 @@ def islands_of(reads: Sequence[Reads], in_blocks: Callable[[Product], Reads], si
             )
 
 
-def _among_many(group: Sequence[Reads], codes: Sequence[Codes]) -> Island | None:
-    """The island of products with as many blocks each, of which each is a component: found for the blocks that were asked, and
-    then for all. None where it is not so.
-    """
-    numbers = _agreed(codes)
-    if numbers is None:
-        return None
-    asked, count = codes[0].asked, codes[0].count
+def _asked_alone(group: Sequence[Reads], asked: Tensor, numbers: Mapping[Product, Tensor]) -> list[Reads]:
+    """What the blocks read that were asked one by one: of outputs, those that one of these touches, or all blocks do."""
     kept = {p: torch.isin(number, asked) | (number == EVERY) for p, number in numbers.items()}
-    few = [Reads(one.product, {p: touched[:, kept[p]] for p, touched in one.outputs.items()}, {}, one.unit) for one in group]
+    return [Reads(one.product, {p: touched[:, kept[p]] for p, touched in one.outputs.items()}, {}, one.unit) for one in group]
+
+
+def _among_many(
+    group: Sequence[Reads], codes: Sequence[Codes], few: Sequence[Reads], numbers: Mapping[Product, Tensor]
+) -> Island | None:
+    """The island of products with as many blocks each, of which each is a component: found for the `few` blocks that were
+    asked, and then for all. None where it is not so.
+    """
+    asked, count = codes[0].asked, codes[0].count
     found = list(find_islands(few))
     each = tuple(range(len(asked)))
     if len(found) != 1 or any(owners != each for owners in found[0].consumers.values()):
         return None
+    kept = {p: torch.isin(number, asked) | (number == EVERY) for p, number in numbers.items()}
     if any(found[0].producers[p] != _places(number[kept[p]], asked) for p, number in numbers.items()):
         return None
     others = _others(codes)

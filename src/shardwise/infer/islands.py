@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -75,10 +76,7 @@ def together(reads: Sequence[Reads]) -> list[list[Reads]]:
 
 
 def _island(group: list[Reads], size: int) -> Island | None:
-    products = list(dict.fromkeys(product for reads in group for product in reads.outputs))
-    widths = {product: next(r.outputs[product].shape[1] for r in group if product in r.outputs) for product in products}
-    matrix = torch.cat([torch.cat([_outputs(reads, p, widths[p]) for p in products], 1) for reads in group])
-    kinds = torch.cat([torch.full((widths[product],), number) for number, product in enumerate(products)])
+    products, widths, matrix, kinds = _table(group)
     parts = _components(matrix, kinds)
     if parts is None:
         return None
@@ -110,6 +108,23 @@ def _island(group: list[Reads], size: int) -> Island | None:
     )
 
 
+def falls_apart(reads: Sequence[Reads]) -> bool:
+    """Whether what products read that depend on the same outputs belongs to several components."""
+    _, _, matrix, kinds = _table(reads)
+    return _components(matrix, kinds) is not None
+
+
+def _table(group: Sequence[Reads]) -> tuple[list[Product], dict[Product, int], Tensor, Tensor]:
+    """The products that a group reads, how many outputs each has, which input of the group depends on which of them, (inputs,
+    outputs) bool, and of each output the number of its product.
+    """
+    products = list(dict.fromkeys(product for reads in group for product in reads.outputs))
+    widths = {product: next(r.outputs[product].shape[1] for r in group if product in r.outputs) for product in products}
+    matrix = torch.cat([torch.cat([_outputs(reads, p, widths[p]) for p in products], 1) for reads in group])
+    kinds = torch.cat([torch.full((widths[product],), number) for number, product in enumerate(products)])
+    return products, widths, matrix, kinds
+
+
 def _outputs(reads: Reads, product: Product, width: int) -> Tensor:
     length = next(iter(reads.outputs.values())).shape[0]
     return reads.outputs.get(product, torch.zeros(length, width, dtype=torch.bool))
@@ -122,23 +137,36 @@ def _components(matrix: Tensor, kinds: Tensor) -> tuple[Tensor, Tensor] | None:
     What all components need holds them together: columns that touch every row are taken out first, then, where that does
     not do, kinds of columns (of one product, touching as many rows), as few as possible.
     """
+    first, place, counts = _distinct(matrix, kinds)
+    matrix, kinds = matrix[:, first], kinds[first]
     support = matrix.sum(0)
     loose = (support > 0) & (support < matrix.shape[0])
     kinds = kinds * (matrix.shape[0] + 1) + support
-    found = _parted(matrix, kinds, loose)
+    found = _parted(matrix, kinds, counts, loose)
     if found is None and matrix.shape[1] > 0:  # of one product, as many rows next to each other, and apart
         order = torch.arange(matrix.shape[0])[:, None]
         span = torch.where(matrix, order, 0).amax(0) - torch.where(matrix, order, matrix.shape[0]).amin(0)
-        found = _parted(matrix, kinds * (matrix.shape[0] + 1) + span.clamp_min(0), loose, _FEW_CLASSES)
-    return found
+        found = _parted(matrix, kinds * (matrix.shape[0] + 1) + span.clamp_min(0), counts, loose, _FEW_CLASSES)
+    return found and (found[0], found[1][place])
 
 
-def _parted(matrix: Tensor, kinds: Tensor, loose: Tensor, most: int | None = None) -> tuple[Tensor, Tensor] | None:
+def _distinct(matrix: Tensor, kinds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of columns that are of one kind and touch the same rows, the first; which of these stands for each; and for how many."""
+    bits = np.packbits(matrix.numpy(), axis=0).T
+    rows = np.concatenate([np.ascontiguousarray(kinds.numpy()[:, None]).view(np.uint8), bits], axis=1)
+    keys = np.ascontiguousarray(rows).view(np.dtype((np.void, rows.shape[1]))).ravel()
+    _, first, place, counts = np.unique(keys, return_index=True, return_inverse=True, return_counts=True)
+    return torch.from_numpy(first), torch.from_numpy(place), torch.from_numpy(counts)
+
+
+def _parted(
+    matrix: Tensor, kinds: Tensor, counts: Tensor, loose: Tensor, most: int | None = None
+) -> tuple[Tensor, Tensor] | None:
     """The same, where kinds of columns are told apart, of which there are not more than `most`."""
     classes = [(kinds == kind) & loose for kind in kinds[loose].unique()]
     if most is not None and len(classes) > most:
         return None
-    classes.sort(key=lambda members: int(members.sum()))
+    classes.sort(key=lambda members: int(counts[members].sum()))
     for number in range(min(3, len(classes))):
         for taken in combinations(classes, number):
             kept = loose & ~torch.stack(taken).any(0) if taken else loose

@@ -156,11 +156,11 @@ class Probe:
 
     def _cotangent(self, call: Call, channels: list[list[int]]) -> Tensor:
         made = torch.zeros(len(channels), *call.x.shape, dtype=call.x.dtype)
+        *around, width = call.x.shape
         for row, group in enumerate(channels):
-            here = [channel - call.first_input for channel in group if 0 <= channel - call.first_input < call.x.shape[-1]]
+            here = [channel - call.first_input for channel in group if 0 <= channel - call.first_input < width]
             if here:
-                values = torch.randn(*call.x.shape[:-1], len(here), generator=self._generator)
-                made[row, ..., here] = values.to(call.x.dtype)
+                made[row, ..., here] = torch.randn(*around, len(here), generator=self._generator).to(call.x.dtype)
         return made.to(call.x.device)
 
 
