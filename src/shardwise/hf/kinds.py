@@ -70,7 +70,8 @@ def _lists(model: nn.Module) -> list[list[Hashable]]:
     fields: Mapping[str, object] = vars(text)
     depths = {getattr(text, name) for name in _depths(text)}
     lists = [value for value in fields.values() if isinstance(value, list) and len(value) in depths]
-    return [value for value in lists if all(isinstance(item, str | int | float | None) for item in value)]
+    lists = [value for value in lists if all(isinstance(item, str | int | float | None) for item in value)]
+    return [value for value in lists if value != list(range(len(value)))]  # that one names layers, all of them
 
 
 def needed_layers(model: nn.Module, besides: Mapping[str, Hashable]) -> int:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from shardwise.hf.chunks import CHUNK
 from shardwise.hf.kinds import cut, needed_layers, structures
 from shardwise.plan import Origin
 
@@ -21,7 +22,6 @@ LARGE_MODEL = 10_000_000
 """Elements of a model from which on it is tried out without its large weights."""
 LARGE_WEIGHT = 2**20
 """Elements of a weight from which on such a model has none."""
-_CHUNK = 4
 _CHUNKS = frozenset({"chunk_size", "mamba_chunk_size"})
 """Fields that say how many tokens are computed at once, to which few are padded."""
 _FACTORIES = frozenset({torch.empty, torch.zeros, torch.ones, torch.randn, torch.rand, torch.full})
@@ -81,7 +81,7 @@ def _shorter(model: PreTrainedModel, besides: Mapping[str, Hashable]) -> PreTrai
     try:
         config = cut(model.config, layers)
         for field in _CHUNKS & vars(config.get_text_config()).keys():
-            setattr(config.get_text_config(), field, _CHUNK)
+            setattr(config.get_text_config(), field, CHUNK)
         found = structures(_on_meta(type(model), config))
     except Exception:  # configs check themselves in many ways
         return None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from shardwise.errors import PlanError, describe
-from shardwise.hf import Feed, build_on_meta, origin_of
+from shardwise.hf import Feed, build_on_meta, origin_of, small_chunks
 from shardwise.infer.blocks import islands_of
 from shardwise.infer.choose import Choice, Inference
 from shardwise.infer.ends import end_rules
@@ -72,6 +72,11 @@ def infer(
     if tp_size < 1:
         raise PlanError(f"tp_size={tp_size}: the number of ranks on the tp axis is at least 1.")
     model = build_on_meta(model_or_config) if isinstance(model_or_config, PreTrainedConfig) else model_or_config
+    with small_chunks(model):
+        return _infer(model, tp_size, example_inputs, given)
+
+
+def _infer(model: nn.Module, tp_size: int, example_inputs: Feed | Sequence[Feed] | None, given: Sequence[Rule]) -> Inference:
     tried = subject(model, example_inputs)
     reference = Reference.of(tried)
     left: dict[str, str] = {}

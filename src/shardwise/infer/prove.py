@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import nn
 
 from shardwise.errors import PlanError, describe, first_of
-from shardwise.hf import Feed
+from shardwise.hf import Feed, small_chunks
 from shardwise.infer.parts import Part, only, parts_of
 from shardwise.infer.proof import Island, Proof
 from shardwise.infer.simulate import Reference, check
@@ -53,10 +53,11 @@ def examine(plan: Plan, model: nn.Module, example_inputs: Feed | Sequence[Feed] 
     """
     if plan.ep_size != plan.size:
         raise PlanError(f"The plan deals experts to {plan.ep_size} ranks, which is not simulated: prove one without ep_size.")
-    tried = subject(model, example_inputs, _cuts(plan))
-    reference, table = Reference.of(tried), _of_the_same(plan, model, tried.model)
-    proof = check(reference, table)
-    return replace(proof, tried=tried.words, islands=tuple(_islands(plan, reference, table, proof)))
+    with small_chunks(model):
+        tried = subject(model, example_inputs, _cuts(plan))
+        reference, table = Reference.of(tried), _of_the_same(plan, model, tried.model)
+        proof = check(reference, table)
+        return replace(proof, tried=tried.words, islands=tuple(_islands(plan, reference, table, proof)))
 
 
 def facts(proof: Proof) -> dict[str, str | list[str]]:
@@ -110,12 +111,13 @@ def prove_rules(plan: Plan, model: nn.Module, edited: bool = False) -> None:
     ours = all(rule.style in STYLES for rule in written.values())
     if not written or not ours or plan.size > MOST_RANKS or plan.ep_size != plan.size or within_threads():
         return
-    try:
-        tried = subject(model, None, _cuts(plan))
-        reference = Reference.of(tried)
-    except Exception:  # whatever a model's own code may raise on inputs that are not for it
-        return
-    proof = check(reference, _of_the_same(plan, model, tried.model))
+    with small_chunks(model):
+        try:
+            tried = subject(model, None, _cuts(plan))
+            reference = Reference.of(tried)
+        except Exception:  # whatever a model's own code may raise on inputs that are not for it
+            return
+        proof = check(reference, _of_the_same(plan, model, tried.model))
     if proof.problem is not None and not proof.late:
         raise PlanError(
             describe(
