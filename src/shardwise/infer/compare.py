@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import inf, isfinite
+from math import inf
 
 import torch
 from torch import Tensor
 
+from shardwise.infer.figures import apart, size
 from shardwise.infer.given import Given, Met, Replay
 from shardwise.infer.proof import Proof
 from shardwise.plan import Plan
@@ -73,7 +74,7 @@ def _largest(errors: Iterable[tuple[float, str]]) -> dict[str, float]:
 
 
 def _parameter_errors(reference: Run, plan: Plan, ranks: Sequence[Run]) -> Iterator[tuple[float, str]]:
-    largest = max((_size(gradient) for gradient in reference.gradients.values() if gradient is not None), default=0.0)
+    largest = max((size(gradient) for gradient in reference.gradients.values() if gradient is not None), default=0.0)
     for rank, run in enumerate(ranks):
         for row in plan.tensors:
             if not row.buffer:
@@ -87,7 +88,7 @@ def _product_errors(reference: Run, ranks: Sequence[Run]) -> Iterator[tuple[floa
         if not isinstance(one, Given):
             continue
         expected = [torch.zeros_like(known.y) if known.y.grad is None else known.y.grad for known in one.known]
-        largest = max(map(_size, expected), default=0.0)
+        largest = max(map(size, expected), default=0.0)
         wanted = {id(known): gradient for known, gradient in zip(one.known, expected, strict=True)}
         met: dict[int, list[Met]] = {}
         for run in ranks:
@@ -97,8 +98,8 @@ def _product_errors(reference: Run, ranks: Sequence[Run]) -> Iterator[tuple[floa
         for key, parts in met.items():
             gradient, found = wanted[key], [part.gradient() for part in parts]
             found = [torch.stack(found).sum(0)] if parts[0].partial else found
-            scale = max(_size(gradient), largest * _NOISE)
-            yield from ((_apart(actual, gradient, scale), parts[0].known.product.weight) for actual in found)
+            scale = max(size(gradient), largest * _NOISE)
+            yield from ((apart(actual, gradient, scale), parts[0].known.product.weight) for actual in found)
 
 
 def _gradient_error(
@@ -112,7 +113,7 @@ def _gradient_error(
     mine = row.layout.shard(expected, *plan.place(row, rank))
     if actual is None:
         return inf if bool(mine.any()) else 0.0
-    return _apart(actual, mine, max(_size(expected), largest * _NOISE))
+    return apart(actual, mine, max(size(expected), largest * _NOISE))
 
 
 def _first_difference(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple[str, str]:
@@ -124,31 +125,4 @@ def _first_difference(actual: Mapping[str, Tensor], expected: Mapping[str, Tenso
 
 
 def _error(actual: Tensor, expected: Tensor) -> float:
-    return _apart(actual, expected, max(_size(expected), 1e-6))
-
-
-def _apart(actual: Tensor, expected: Tensor, scale: float) -> float:
-    """The largest difference, relative to `scale`; infinite where shapes differ, or where one alone is no number."""
-    if actual.shape != expected.shape:
-        return inf
-    largest = _extent(actual - expected)
-    if not isfinite(largest):
-        finite = expected.isfinite()
-        if not torch.equal(actual.isfinite(), finite):
-            return inf
-        largest = _extent(actual[finite] - expected[finite])
-    return largest / scale if scale else inf if largest else 0.0
-
-
-def _size(tensor: Tensor) -> float:
-    """The largest absolute value of those that are finite."""
-    extent = _extent(tensor)
-    return extent if isfinite(extent) else _extent(tensor[tensor.isfinite()])
-
-
-def _extent(tensor: Tensor) -> float:
-    """The largest absolute value; no number where one of them is none. One pass over a whole vocabulary's logits."""
-    if not tensor.numel():
-        return 0.0
-    low, high = (tensor.abs() if tensor.is_complex() else tensor).aminmax()
-    return float(torch.maximum(low.abs(), high.abs()))
+    return apart(actual, expected, max(size(expected), 1e-6))

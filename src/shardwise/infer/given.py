@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from shardwise.infer.figures import apart, size
 from shardwise.infer.products import Product, Products, Use
 from shardwise.plan import Plan
 from shardwise.spec import ShardSpec, sums_gradient
@@ -189,15 +190,10 @@ class Replay(WithoutValues):
             raise UnlikeOneProcess(
                 f"{known.product.weight} is given {tuple(use.x.shape)}, where its part is {tuple(expected.shape)}"
             )
-        scale = known.x.abs().max().clamp_min(1e-6)
-        error = (
-            ((use.x.detach() - expected.view_as(use.x)).abs().max() / scale).nan_to_num(float("inf")).item()
-            if expected.numel()
-            else 0.0
-        )
+        error = apart(use.x.detach(), expected.view_as(use.x), max(size(known.x), 1e-6))
         if error > self.error:
             self.error, self.worst = error, known.product.weight
         if weighed is not None and use.x.requires_grad and (side in ("inputs", "batch") or not partial or self._rank == 0):
-            self._terms.append((use.x * weighed.view_as(use.x)).sum() / known.x.numel())
+            self._terms.append((use.x * weighed.view_as(use.x)).sum() / max(known.x.numel(), 1))
         elif use.x.requires_grad:
             self._terms.append((use.x * 0).sum())  # takes part in the collectives of the others

@@ -200,8 +200,9 @@ def _connected(matrix: Tensor) -> Tensor | None:
     rows = matrix.shape[0]
     if not bool(matrix.any(1).all()):
         return None
-    labels = torch.arange(rows)
-    while True:
+    labels = torch.arange(rows, dtype=torch.int32)
+    matrix = matrix[:, matrix.sum(0) > 1]  # the others connect nothing
+    while matrix.shape[1]:
         of_columns = torch.where(matrix, labels[:, None], rows).amin(0)
         new = torch.where(matrix, of_columns[None, :], rows).amin(1)
         if torch.equal(new, labels):
