@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 from functools import wraps
+from inspect import signature
 from math import prod
 from typing import Any
 
@@ -17,7 +18,7 @@ from shardwise.errors import ShardwiseError, describe
 from shardwise.gathering import cut_full_tensors, gather_adapters
 from shardwise.hf import AdaptersSeen, attentions_are_asked_for, gather_attentions, load_adapter, save_adapter
 from shardwise.layers import ParallelStyle
-from shardwise.model_state import required_state
+from shardwise.model_state import replicated, required_state
 from shardwise.parallelize import apply_adapters, let_weight_be_read
 from shardwise.random_state import same_random_state
 from shardwise.rendezvous import meet
@@ -34,11 +35,16 @@ class ShardedModel(ParallelStyle):
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
         own: Any = super().forward
+        names = list(signature(own).parameters)[1:]
 
         @wraps(own)  # transformers reads the signature
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             if not torch.compiler.is_compiling():
-                refuse_data_parallel(self, self._tp.mesh)
+                state = required_state(self)
+                refuse_data_parallel(self, state.mesh)
+                if state.lockstep.is_due(self.training, state.mesh):
+                    given = dict(zip(names, args, strict=False)) | kwargs
+                    state.lockstep.compare(self, state.mesh, given, replicated(self, state))
             if not attentions_are_asked_for(self.config, kwargs):
                 return own(self, *args, **kwargs)
             as_tuple = kwargs.get("return_dict") is False

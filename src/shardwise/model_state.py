@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from shardwise.adapters import ordinary_name
 from shardwise.errors import PlanError, ShardwiseError, describe
 from shardwise.layers import Stream
+from shardwise.lockstep import Lockstep
 from shardwise.plan import Plan
 from shardwise.spec import ModuleSpec, ShardSpec
 
@@ -31,6 +32,7 @@ class ModelState:
         overlap: the all-reduces of input gradients overlap with weight gradients.
         stream: what the modules of a sequence-parallel model share; None of another.
         adapters: the table of the adapters that PEFT has put into the model, by their names there; None where it has none.
+        lockstep: what this rank remembers of its calls.
     """
 
     plan: Plan
@@ -39,6 +41,7 @@ class ModelState:
     overlap: bool = False
     stream: Stream | None = None
     adapters: Plan | None = None
+    lockstep: Lockstep = field(default_factory=Lockstep, compare=False)
 
     def row(self, name: str) -> ShardSpec | None:
         """The row of the tensor that has `name` in the model as it is now, adapters included."""
@@ -82,6 +85,13 @@ def parallel_parts(model: nn.Module) -> Iterator[tuple[ModelState, nn.Module]]:
         state = module.__dict__.get(STATE)
         if isinstance(state, ModelState):
             yield state, module
+
+
+def replicated(model: nn.Module, state: ModelState) -> Iterator[tuple[str, Tensor]]:
+    """The trainable parameters of which every rank of the tp axis has a copy."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and (row := state.row(name)) is not None and not row.sharded:
+            yield name, parameter
 
 
 def plain_name(name: str) -> str:

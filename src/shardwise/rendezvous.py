@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,9 @@ DEFAULT_TIMEOUT = 10.0
 
 START_TIMEOUT = 300.0
 """Seconds that a rank waits for the others to load or build a model: one may first have to prepare the data for all."""
+
+PATIENCE = 2.0
+"""Seconds that a rank waits for words which it can do without."""
 
 _POLL_SECONDS = 0.005
 
@@ -113,6 +117,22 @@ def meet_ranks(ranks: Sequence[int], what: str, timeout: float, said: str = "") 
             )
         )
     return turn
+
+
+def say_to_all(ranks: Sequence[int], topic: str, words: str, patience: float = PATIENCE) -> dict[int, str]:
+    """Leave `words` for the others of `ranks`, and return what each has left at its call of the same number, in the order of
+    ranks. One that does not come within `patience` seconds is left out: it finds these words there.
+    """
+    store, mine = dist.distributed_c10d._get_default_store(), dist.get_rank()
+    prefix = f"shardwise/{topic}/{'-'.join(map(str, ranks))}"
+    turn = store.add(f"{prefix}/{mine}", 1)
+    store.set(f"{prefix}/{mine}/{turn}", words)
+    if turn > 2:
+        store.delete_key(f"{prefix}/{mine}/{turn - 2}")
+    keys = {rank: f"{prefix}/{rank}/{turn}" for rank in ranks}
+    with suppress(dist.DistStoreError):
+        store.wait(list(keys.values()), timedelta(seconds=patience))
+    return {rank: store.get(key).decode() for rank, key in keys.items() if store.check([key])}
 
 
 def _no_group(what: str) -> MeshError:
