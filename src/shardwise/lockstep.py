@@ -51,7 +51,7 @@ class Lockstep:
     def is_due(self, training: bool, mesh: DeviceMesh) -> bool:
         """Whether the ranks of `mesh` compare at this call, which is counted.
 
-        Never in a block that watches operators or collectives, nor while a CUDA graph is captured.
+        Never in a block that watches operators or collectives, as profilers do, nor while a CUDA graph is captured.
         """
         self.calls[training] = number = self.calls[training] + 1
         return not number & (number - 1) and _can_look(mesh)
@@ -97,6 +97,7 @@ def _can_look(mesh: DeviceMesh) -> bool:
         mesh.size() == 1
         or dist.get_backend(mesh.get_group()) == "fake"
         or _get_current_dispatch_mode_stack()
+        or torch.autograd._profiler_enabled()
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
         or (mesh.device_type == "cuda" and torch.cuda.is_current_stream_capturing())
