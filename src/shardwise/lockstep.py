@@ -97,7 +97,7 @@ def _can_look(mesh: DeviceMesh) -> bool:
         mesh.size() == 1
         or dist.get_backend(mesh.get_group()) == "fake"
         or _get_current_dispatch_mode_stack()
-        or torch.autograd._profiler_enabled()
+        or torch._C._autograd._profiler_enabled()
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
         or (mesh.device_type == "cuda" and torch.cuda.is_current_stream_capturing())
