@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import PreTrainedModel, StaticCache
+from transformers import PreTrainedModel, StaticCache, StoppingCriteria
 
 import shardwise
 from parity import types
 from parity.job import quiet
-from shardwise.errors import ShardwiseError
+from shardwise.errors import MismatchError, ShardwiseError
 
 PROMPT = torch.tensor([[5, 99, 126, 17, 3], [64, 7, 7, 120, 33]])
 ROOM = 16
@@ -88,3 +88,56 @@ def batched_continuously() -> str:
 def test_continuous_batching_is_refused(pool2):
     """Guards: a paged cache for all heads, on which the thread that generates fails, so that there are no tokens."""
     assert "Continuous batching" in pool2.run(batched_continuously)[0]
+
+
+def in_chunks(name: str) -> Tensor:
+    """Eight tokens, the prompt read in pieces into a static cache, which `generate` allocates before."""
+    return local(name).generate(PROMPT, max_new_tokens=8, do_sample=False, cache_implementation="static", prefill_chunk_size=2)
+
+
+def test_static_cache_that_is_there_before_the_prompt(pool2):
+    """Guards: a static cache allocated from the config, for the heads of all ranks."""
+    expected = in_chunks("llama")
+    assert all(torch.equal(tokens, expected) for tokens in pool2.run(in_chunks, "llama"))
+
+
+class Gone(StoppingCriteria):
+    """Says that it is enough after `calls` calls, or raises."""
+
+    def __init__(self, calls: int, fails: bool = False) -> None:
+        self.calls, self.fails = calls, fails
+
+    def __call__(self, ids: Tensor, scores: object, **kwargs: object) -> Tensor:
+        """Every sequence at once."""
+        self.calls -= 1
+        if self.fails and self.calls == 0:
+            raise OSError("the client has gone")
+        return torch.full((len(ids),), self.calls <= 0)
+
+
+def stopped() -> tuple[Tensor, str, float, str]:
+    """On a rank: what the last one stops; what is said where the first one fails; how far max_time goes; other settings."""
+    model, last = local("llama"), dist.get_rank() == dist.get_world_size() - 1
+    long = {"max_new_tokens": 40, "do_sample": False, "num_beams": 2}
+    tokens = model.generate(PROMPT, stopping_criteria=[Gone(3 if last else 99)], **long)
+    with pytest.raises((OSError, MismatchError)) as failure:
+        model.generate(PROMPT, stopping_criteria=[Gone(3, fails=not last)], **long)
+    timed = model.generate(PROMPT, max_time=0.0 if last else 1e9, **long)
+    with pytest.raises(MismatchError) as other:
+        model.generate(PROMPT, do_sample=True, temperature=1.0 + dist.get_rank())
+    return tokens, str(failure.value), timed.shape[1], str(other.value)
+
+
+def test_ranks_stop_together(pool2):
+    """Guards: a clock, or a client that is gone, on one rank: it stops, and the others wait for it in the next token. Ranks
+    that sample by different settings, each its own text.
+    """
+    expected = local("llama").generate(PROMPT, max_new_tokens=3, do_sample=False, num_beams=2)
+    (first, failed, length, other), (second, echo, *rest) = pool2.run(stopped)
+    assert torch.equal(first, second)
+    assert first.shape == expected.shape
+    assert failed == "the client has gone"
+    assert echo.startswith("generate: Gone failed on rank 0")
+    assert [length, other] == rest
+    assert length == PROMPT.shape[1] + 1
+    assert "the setting temperature on rank 1 is not that of rank 0" in other

@@ -16,7 +16,14 @@ from transformers import PreTrainedModel
 
 from shardwise.errors import ShardwiseError, describe
 from shardwise.gathering import cut_full_tensors, gather_adapters
-from shardwise.hf import AdaptersSeen, attentions_are_asked_for, gather_attentions, load_adapter, save_adapter
+from shardwise.hf import (
+    AdaptersSeen,
+    GeneratesTogether,
+    attentions_are_asked_for,
+    gather_attentions,
+    load_adapter,
+    save_adapter,
+)
 from shardwise.layers import ParallelStyle
 from shardwise.model_state import replicated, required_state
 from shardwise.parallelize import apply_adapters, let_weight_be_read
@@ -26,7 +33,7 @@ from shardwise.replicas import refuse_data_parallel
 from shardwise.saving import save_pretrained
 
 
-class ShardedModel(ParallelStyle):
+class ShardedModel(GeneratesTogether, ParallelStyle):
     """Mixed in front of a transformers model's own class, whose name it keeps."""
 
     prefix = ""

@@ -1,0 +1,94 @@
+"""What transformers' `generate` decides by itself on each rank, and what the ranks have to decide together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import (
+    EosTokenCriteria,
+    GenerationConfig,
+    MaxLengthCriteria,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+
+from shardwise.errors import MismatchError
+from shardwise.mesh import local_device
+from shardwise.model_state import required_state
+from shardwise.replicas import check_same
+
+_ALIKE = (EosTokenCriteria, MaxLengthCriteria, StopStringCriteria)
+"""Criteria that say the same on every rank, since they look at nothing but the tokens."""
+_MAY_DIFFER = ("max_time",)
+"""Settings that ranks may compute from their clocks."""
+
+
+class GeneratesTogether:
+    """Mixed in front of a transformers model: its ranks stop after the same token, and static caches have local heads."""
+
+    def _get_stopping_criteria(self, generation_config: Any, stopping_criteria: Any, *args: Any, **kwargs: Any) -> Any:
+        mesh = required_state(self).mesh  # type: ignore[arg-type]
+        own = super()._get_stopping_criteria(generation_config, stopping_criteria, *args, **kwargs)  # type: ignore[misc]
+        if not getattr(generation_config, "is_assistant", False):  # of which each call would be compared
+            check_same(mesh, "generate", _settings(generation_config, own))
+        alike = (one if type(one) in _ALIKE else AgreedCriteria(one, mesh) for one in own)
+        return StoppingCriteriaList(alike)
+
+    def _get_static_cache_init_shape(self) -> None:
+        """What a static cache is allocated with before the first forward: nothing, as the config has the heads of all ranks."""
+        return
+
+
+class AgreedCriteria(StoppingCriteria):  # type: ignore[misc]
+    """A criterion that may say something else on each rank (a clock, a client that is gone): a sequence ends on all ranks as
+    soon as one of them says so. Where it raises on one, it raises on all.
+    """
+
+    def __init__(self, own: StoppingCriteria, mesh: DeviceMesh) -> None:
+        self._own, self._mesh = own, mesh
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_own":  # while it is copied
+            raise AttributeError(name)
+        return getattr(self._own, name)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """Which of the sequences end here, (batch,) bool. Collective."""
+        rows, failure = len(input_ids), None
+        votes = torch.zeros(rows + 1, dtype=torch.int64, device=local_device(self._mesh))
+        try:
+            votes[:rows] = torch.as_tensor(self._own(input_ids, scores, **kwargs), device=votes.device)
+        except Exception as error:
+            failure = error
+            votes[rows] = self._mesh.get_local_rank() + 1
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self._mesh.get_group())
+        if failure is not None:
+            raise failure
+        if failed := int(votes[rows]):
+            name = type(self._own).__name__
+            raise MismatchError(
+                f"generate: {name} failed on rank {failed - 1}, and so it does here; the message there says why."
+            )
+        return votes[:rows].to(input_ids.device).bool()
+
+
+def _settings(config: GenerationConfig, criteria: Sequence[object]) -> dict[str, object]:
+    """What of a call of `generate` must be the same on every rank, for `check_same`."""
+    names = sorted(name for name in vars(GenerationConfig()) if name[0] != "_" and name not in _MAY_DIFFER)
+    given = {name: getattr(config, name, None) for name in names}
+    named = {f"the setting {name}": value if _is_plain(value) else "" for name, value in given.items()}
+    return {**named, "the list of stopping criteria": [type(one).__name__ for one in criteria]}
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
