@@ -217,6 +217,28 @@ def test_unknown_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     assert re.search(r"lama: no directory .*\n(.*\n)*.*\bllama\b", captured.err)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("plan", "llama", "--tp", 2, "--html", "FILE/page.html"),
+        ("verify", "llama", "--random", "--json", "FILE/numbers.json"),
+        ("trace", "llama", "--random", "--against", "nosuch.json"),
+        ("profile", "llama", "--random", "--output", "FILE/folder"),
+        ("demo", "--output", "FILE/folder"),
+        ("demo", "--text", "nosuch"),
+    ],
+    ids=lambda given: " ".join(map(str, given)),
+)
+def test_files_that_cannot_be(
+    arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards: minutes of work, and then a traceback, because what was found can't be written."""
+    (tmp_path / "FILE").touch()
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, *arguments) == 2
+    assert "Invalid value for" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments", [("plan", "TINY", "--tp", 5), ("demo", "--tp", 5)], ids=["plan", "demo"])
 def test_sizes_that_cannot_be(
     arguments: tuple[object, ...],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from llamas import llama
 from shardwise.errors import MeshError, PlanError, ShardwiseError
+from shardwise.launch import WorkerError
 from shardwise.prompt.request import Request
 from shardwise.prompt.run import start
 
@@ -63,6 +65,9 @@ def test_the_text_of_one_process(folder: Path) -> None:
         (Request("MODEL", 2), ShardwiseError, "What to continue"),
         (Request("MODEL", 2, prompt="w1", ids=(1,)), ShardwiseError, "What to continue"),
         (Request("MODEL", 2, ids=(1, 64)), ShardwiseError, "64 is not among the 64 tokens"),
+        (Request("MODEL", 2, ids=(1, -3)), ShardwiseError, "-3 is not among the 64 tokens"),
+        (Request("vit", 2, ids=(1,), random=True), ShardwiseError, "continues no text"),
+        (Request("llama", 2, ids=(1,) * 64, random=True), ShardwiseError, "64 tokens, and llama positions for 64"),
         (Request("MODEL", 3, ids=(1,)), PlanError, "tp=3"),
         (Request("MODEL", 2, ids=(1,), dtype="float33"), ShardwiseError, "float33"),
         (Request("llama", 2, prompt="w1", random=True), ShardwiseError, "no tokenizer"),
@@ -82,3 +87,18 @@ def test_another_number_of_ranks(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(MeshError, match="4 processes have been started"):
         start(Request(str(folder), 2, ids=(1,)))
+
+
+def test_as_many_tokens_as_there_are_positions() -> None:
+    """Guards: an `IndexError` at the end of the table of positions, where more tokens are asked for "at most" than it has."""
+    assert len(said("gpt2", "--random", "--ids", "1 2", "--new-tokens", 100, "--tp", 2).split()) <= 62
+
+
+def test_a_checkpoint_that_ranks_cannot_read(folder: Path, tmp_path: Path) -> None:
+    """Guards: forty lines of traceback, or the word of a rank that another one has failed, in place of what is wrong."""
+    broken = tmp_path / "model"
+    shutil.copytree(folder, broken)
+    (broken / "model.safetensors").write_bytes(b"<html>")
+    with pytest.raises(WorkerError, match=r"this is not a safetensors file|the file is truncated") as error:
+        start(Request(str(broken), 2, ids=(1,)))
+    assert "Traceback" not in str(error.value)

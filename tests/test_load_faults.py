@@ -274,17 +274,18 @@ def test_gaps_that_are_allowed_by_name(checkpoints, pool2, tmp_path):
 
 
 REFUSED = {
-    "use_safetensors": False,
-    "device_map": "auto",
-    "quantization_config": {"load_in_8bit": True},
-    "gguf_file": "model.gguf",
+    "use_safetensors": (False, "safetensors"),
+    "device_map": (0, "its own device"),
+    "quantization_config": ({"load_in_8bit": True}, "not quantized"),
+    "gguf_file": ("model.gguf", "safetensors"),
+    "state_dict": ({}, "parallelize"),
 }
 
 
 @pytest.mark.parametrize("option", REFUSED)
 def test_options_that_mean_another_way_of_placing_weights(option, checkpoints, pool2):
-    """Guards: an option of transformers' that is ignored."""
-    for name, text, _ in pool2.run(
-        _attempt, [str(checkpoints["llama"])] * 2, "AutoModelForCausalLM", {option: REFUSED[option]}
-    ):
+    """Guards: an option of transformers' that is ignored (device 0, which is false), or refused for another one's reason."""
+    value, reason = REFUSED[option]
+    for name, text, _ in pool2.run(_attempt, [str(checkpoints["llama"])] * 2, "AutoModelForCausalLM", {option: value}):
         assert (name, option in text) == ("ShardwiseError", True)
+        assert re.search(f"why .*{reason}", text)

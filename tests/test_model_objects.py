@@ -271,3 +271,20 @@ def load_parts(path: Path) -> None:
 def test_parts_of_a_model_load_full_tensors_too(pool2, tmp_path_factory):
     """Guards: a base model, or one layer, that refuses the tensors that the whole model takes."""
     pool2.run(load_parts, checkpoint(tmp_path_factory, "llama"))
+
+
+def _resized() -> tuple[bool, str]:
+    """On a rank: whether the size that they have is taken, and what is said of another."""
+    model = shardwise.parallelize(build("llama"))
+    size = model.config.vocab_size
+    same = model.resize_token_embeddings(size) is model.get_input_embeddings()
+    with pytest.raises(shardwise.errors.ShardwiseError) as error:
+        model.resize_token_embeddings(size + 1)
+    return same, str(error.value)
+
+
+def test_embeddings_keep_their_size(pool2):
+    """Guards: an error in scripts that resize to the length of a tokenizer that the model has room for already."""
+    for same, text in pool2.run(_resized):
+        assert same
+        assert "cannot be resized" in text

@@ -8,8 +8,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from signal import SIGABRT, Signals
@@ -27,7 +27,7 @@ _POLL_SECONDS = 0.05
 _GRACE_SECONDS = 5.0
 _SHOWN_LINES = 40
 # What a rank says when another one is gone: a consequence, never the cause.
-_ECHOES = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+_ECHOES = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "and so it does here")
 
 
 class WorkerError(ShardwiseError, RuntimeError):
@@ -88,6 +88,15 @@ def follow_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
+
+
+@contextmanager
+def saying_why() -> Iterator[None]:
+    """Inside, what shardwise raises on purpose ends this process by its message alone: a traceback would hide it."""
+    try:
+        yield
+    except ShardwiseError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
 
 
 @dataclass(frozen=True, slots=True)

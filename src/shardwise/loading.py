@@ -47,16 +47,19 @@ if TYPE_CHECKING:
 
 _HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 _MODEL_KEYWORDS = ("attn_implementation", "experts_implementation", "key_mapping", "ignore_mismatched_sizes")
-_REFUSED = (
-    "device_map",
-    "quantization_config",
-    "gguf_file",
-    "state_dict",
-    "load_in_8bit",
-    "load_in_4bit",
-    "distributed_config",
-    "offload_folder",
-)
+_PLACED = "each rank's shards go to its own device"
+_QUANTIZED = "weights are not quantized while they are loaded, and checkpoints that are quantized are read without it"
+_REFUSED = {
+    "device_map": _PLACED,
+    "quantization_config": _QUANTIZED,
+    "gguf_file": "weights are read from safetensors files",
+    "state_dict": "weights are read from files; shardwise.parallelize(model) takes a model that is in memory",
+    "load_in_8bit": _QUANTIZED,
+    "load_in_4bit": _QUANTIZED,
+    "distributed_config": "tp_plan, tp_size and device_mesh say how the model is distributed",
+    "offload_folder": _PLACED,
+}
+"""Keywords of transformers', and why they don't go together with ours."""
 
 
 def from_pretrained(
@@ -101,16 +104,7 @@ def from_pretrained(
         return cast(nn.Module, _on_device(_ordinary(auto_class, path_or_id, kwargs), local_device(axis)))
     if getattr(kwargs.get("quantization_config"), "dequantize", False):
         del kwargs["quantization_config"]  # as it is done anyway
-    given = [name for name in _REFUSED if kwargs.get(name)]
-    if kwargs.pop("use_safetensors", None) is False:
-        given.append("use_safetensors")
-    if given:
-        raise ShardwiseError(
-            describe(
-                f"from_pretrained({', '.join(given)}=..., tp_plan=...) is not possible.",
-                either=["leave it out: each rank's shards go to its own device, or", "leave tp_plan out"],
-            )
-        )
+    _refuse_other_ways(kwargs)
     ep = expert_axis(axis, ep_size)
     meet(ep, "from_pretrained", START_TIMEOUT)
     plan = "auto" if tp_plan is None else tp_plan
@@ -159,6 +153,21 @@ def _refuse_lone(overlap: bool, sequence_parallel: bool) -> None:
         raise PlanError('overlap=True needs tensor parallelism, whose all-reduces it hides: give tp_plan="auto" too.')
     if sequence_parallel:
         raise PlanError('sequence_parallel=True needs ranks that share the sequence: give tp_plan="auto" too.')
+
+
+def _refuse_other_ways(kwargs: dict[str, Any]) -> None:
+    given = [name for name in _REFUSED if kwargs.get(name) is not None and kwargs[name] is not False]
+    if kwargs.pop("use_safetensors", None) is False:
+        given.append("use_safetensors")
+    if given:
+        reasons = dict.fromkeys(_REFUSED.get(name, "only safetensors files are read in parts") for name in given)
+        raise ShardwiseError(
+            describe(
+                f"from_pretrained({', '.join(given)}=..., tp_plan=...) is not possible.",
+                why="; ".join(reasons),
+                either=["leave it out, or", "leave tp_plan out"],
+            )
+        )
 
 
 def _ordinary(auto_class: Any, path_or_id: str | os.PathLike[str], kwargs: dict[str, Any]) -> nn.Module:

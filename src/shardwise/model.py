@@ -154,8 +154,13 @@ class ShardedModel(GeneratesTogether, ParallelStyle):
             total += parameter.numel() if row is None else prod(row.shape)
         return total
 
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
-        """Raises `ShardwiseError`: the table says how long the vocabulary is, and each rank holds a part of it."""
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        """The embeddings, where they have as many rows as asked for, or none were. Otherwise raises `ShardwiseError`: the table
+        says how long the vocabulary is, and each rank holds a part of it.
+        """
+        embeddings: Any = self.get_input_embeddings()  # type: ignore[operator]
+        if not (args or kwargs) and new_num_tokens in (None, embeddings.num_embeddings):
+            return embeddings
         raise ShardwiseError(
             describe(
                 "resize_token_embeddings: the vocabulary of a parallel model cannot be resized.",

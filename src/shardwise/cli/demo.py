@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from shardwise.cli.app import app
+from shardwise.cli.files import to_write
 from shardwise.demo.run import start
 from shardwise.demo.settings import Settings
 from shardwise.launch import asked_size
@@ -19,11 +20,12 @@ def demo(
     tp: Annotated[int | None, typer.Option(min=2, help="Ranks: 2, or as many as torchrun has started.")] = None,
     steps: Annotated[int | None, typer.Option(min=10, help="Optimizer steps: 160, with --fast 20.")] = None,
     output: Annotated[
-        Path, typer.Option(file_okay=False, help="Folder for the picture, the report and the checkpoint.")
+        Path, typer.Option(file_okay=False, callback=to_write, help="Folder for the picture, the report and the checkpoint.")
     ] = Path("demo-output"),
     seed: Annotated[int, typer.Option(min=0, help="Of the weights and the order of the batches.")] = 0,
     text: Annotated[
-        Path | None, typer.Option(help="A file or folder to train on, in place of the Python standard library's sources.")
+        Path | None,
+        typer.Option(exists=True, help="A file or folder to train on, in place of the Python standard library's sources."),
     ] = None,
     fast: Annotated[bool, typer.Option("--fast", help="A tiny model and a few steps; the same checks.")] = False,
 ) -> None:

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 
 import shardwise
 from shardwise.cli.app import app
+from shardwise.cli.files import to_write
 from shardwise.cli.rules import HELP, read_rules
 from shardwise.errors import SimulationError
 from shardwise.estimate import Comparison, Estimate, compare, estimate, show
@@ -71,7 +72,9 @@ def plan(
     prove: Annotated[
         bool, typer.Option("--prove", help="Show on simulated ranks that the plan computes what the model does.")
     ] = False,
-    html: Annotated[Path | None, typer.Option(dir_okay=False, help="Write all of it as a web page, too.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(dir_okay=False, callback=to_write, help="Write all of it as a web page, too.")
+    ] = None,
 ) -> None:
     """What each rank will hold and send, before any weight is read."""
     console = Console(highlight=False, width=max(shutil.get_terminal_size((100, 24)).columns, 80))

@@ -10,6 +10,7 @@ from rich.console import Console
 
 import shardwise
 from shardwise.cli.app import app
+from shardwise.cli.files import to_write
 from shardwise.launch import asked_size
 from shardwise.profiling import show
 from shardwise.quiet import quiet
@@ -32,7 +33,9 @@ def profile(
     stacks: Annotated[
         bool, typer.Option("--stacks", help="Python's frames in the traces, for a slower profiled step.")
     ] = False,
-    output: Annotated[Path, typer.Option(file_okay=False, help="Folder for traces and report.")] = Path("profile-output"),
+    output: Annotated[Path, typer.Option(file_okay=False, callback=to_write, help="Folder for traces and report.")] = Path(
+        "profile-output"
+    ),
 ) -> None:
     """Where a step's time goes on each rank, what the ranks wait for, and how the peers do.
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from shardwise.cli.app import app
+from shardwise.cli.files import to_write
 from shardwise.cli.rules import HELP, read_rules
 from shardwise.launch import asked_size
 from shardwise.quiet import quiet
@@ -29,9 +30,15 @@ def trace(
     random: Annotated[
         bool, typer.Option("--random", help="Random weights: of a model type its tiny model, else the model's own sizes.")
     ] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", dir_okay=False, help="Write rank 0's trace, too.")] = None,
-    html: Annotated[Path | None, typer.Option(dir_okay=False, help="Write the tables as a web page, too.")] = None,
-    against: Annotated[Path | None, typer.Option(dir_okay=False, help="Compare with what --json has written before.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", dir_okay=False, callback=to_write, help="Write rank 0's trace, too.")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(dir_okay=False, callback=to_write, help="Write the tables as a web page, too.")
+    ] = None,
+    against: Annotated[
+        Path | None, typer.Option(dir_okay=False, exists=True, help="Compare with what --json has written before.")
+    ] = None,
 ) -> None:
     """Every collective of a step, by layer: module, phase, shape, bytes, duration; the ranks beside each other.
 

@@ -12,6 +12,7 @@ from rich.console import Console
 
 import shardwise
 from shardwise.cli.app import app
+from shardwise.cli.files import to_write
 from shardwise.cli.rules import HELP, read_rules
 from shardwise.verify.settings import DTYPES
 from shardwise.verify.show import WIDTH, findings, heading
@@ -36,8 +37,12 @@ def verify(
     batch: Annotated[int, typer.Option(min=2, help="Sequences in a micro-batch.")] = 2,
     sequence: Annotated[int, typer.Option(min=4, help="Tokens in a sequence.")] = 12,
     timeout: Annotated[float, typer.Option(help="Seconds until ranks that still run are ended.")] = 900.0,
-    html: Annotated[Path | None, typer.Option(dir_okay=False, help="Write the report as a web page, too.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", dir_okay=False, help="Write every number as JSON, too.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(dir_okay=False, callback=to_write, help="Write the report as a web page, too.")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", dir_okay=False, callback=to_write, help="Write every number as JSON, too.")
+    ] = None,
 ) -> None:
     """Compare a model on several ranks with one process, and find where they first differ.
 

@@ -7,7 +7,7 @@ import sys
 import torch.distributed as dist
 from rich.console import Console
 
-from shardwise.launch import follow_parent
+from shardwise.launch import follow_parent, saying_why
 from shardwise.profiling.run import one_rank
 from shardwise.profiling.settings import Settings
 from shardwise.quiet import quiet
@@ -15,7 +15,7 @@ from shardwise.quiet import quiet
 if __name__ == "__main__":
     follow_parent()
     console = Console(highlight=False)
-    with quiet():
+    with saying_why(), quiet():
         one_rank(
             Settings.from_json(sys.argv[1]),
             lambda words: console.print(f"[dim]{words}[/]") if dist.get_rank() == 0 else None,
