@@ -115,6 +115,42 @@ class Gone(StoppingCriteria):
         return torch.full((len(ids),), self.calls <= 0)
 
 
+class Reader:
+    """A streamer whose reader goes away at the third call."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def put(self, tokens: Tensor) -> None:
+        """Of the prompt, and then of each token."""
+        self.calls += 1
+        if self.calls == 3:
+            raise BrokenPipeError("the reader has gone")
+
+    def end(self) -> None:
+        """Nothing is kept."""
+
+
+def streamed() -> tuple[str, Tensor]:
+    """On a rank: what is said where the first one's streamer fails, and the next tokens."""
+    model, first = local("llama"), dist.get_rank() == 0
+    with pytest.raises((BrokenPipeError, MismatchError)) as failure:
+        model.generate(PROMPT[:1], max_new_tokens=40, do_sample=False, streamer=Reader() if first else None)
+    return str(failure.value), model.generate(PROMPT, max_new_tokens=4, do_sample=False)
+
+
+def test_a_streamer_that_fails(pool2):
+    """Guards: a reader that goes away from the rank that streams: the others wait for it in the next token, and every call
+    after that one is another one than theirs.
+    """
+    expected = local("llama").generate(PROMPT, max_new_tokens=4, do_sample=False)
+    (first, tokens), (second, others) = pool2.run(streamed)
+    assert first == "the reader has gone"
+    assert second.startswith("generate: a streamer failed on rank 0")
+    assert torch.equal(tokens, expected)
+    assert torch.equal(others, expected)
+
+
 def stopped() -> tuple[Tensor, str, float, str]:
     """On a rank: what the last one stops; what is said where the first one fails; how far max_time goes; other settings."""
     model, last = local("llama"), dist.get_rank() == dist.get_world_size() - 1

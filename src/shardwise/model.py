@@ -23,6 +23,7 @@ from shardwise.hf import (
     gather_attentions,
     load_adapter,
     save_adapter,
+    streamed_together,
 )
 from shardwise.layers import ParallelStyle
 from shardwise.model_state import replicated, required_state
@@ -178,6 +179,7 @@ class ShardedModel(GeneratesTogether, ParallelStyle):
         state = required_state(self)
         if state.ep.size() > state.mesh.size():
             kwargs.setdefault("synced_gpus", True)
+        kwargs = streamed_together(state.mesh, kwargs)
         generated = super().generate(*args, **kwargs)  # type: ignore[misc]
         gather_attentions(generated, self.config, state.mesh)  # of the encoder, which it calls itself
         return generated

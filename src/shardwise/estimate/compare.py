@@ -44,7 +44,7 @@ class Comparison:
         """A row for each size, then what keeps the others from being."""
         grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
         for heading in self._headings:
-            grid.add_column(heading, justify="right", no_wrap=True)
+            grid.add_column(heading, justify="right", overflow="fold")
         for row in self._rows():
             grid.add_row(*row)
         said = [f"note  tp={size}: {note}" for size, note in self._notes()]

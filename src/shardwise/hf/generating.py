@@ -71,11 +71,59 @@ class AgreedCriteria(StoppingCriteria):  # type: ignore[misc]
         if failure is not None:
             raise failure
         if failed := int(votes[rows]):
-            name = type(self._own).__name__
+            name = "a streamer" if isinstance(self._own, _StreamEnds) else type(self._own).__name__
             raise MismatchError(
                 f"generate: {name} failed on rank {failed - 1}, and so it does here; the message there says why."
             )
         return votes[:rows].to(input_ids.device).bool()
+
+
+def streamed_together(mesh: DeviceMesh, given: dict[str, Any]) -> dict[str, Any]:
+    """The keywords `given` to `generate`, so that a streamer that raises on a rank (its reader is gone) ends it on all, after
+    the next token: the ranks without one would wait for that rank. Collective.
+    """
+    streamer = given.get("streamer")
+    streams = torch.tensor([streamer is not None], dtype=torch.int64, device=local_device(mesh))
+    dist.all_reduce(streams, op=dist.ReduceOp.MAX, group=mesh.get_group())
+    if not streams.item():
+        return given
+    watched = None if streamer is None else _WatchedStreamer(streamer)
+    criteria = [*(given.get("stopping_criteria") or ()), _StreamEnds(watched)]
+    return {**given, "streamer": watched, "stopping_criteria": StoppingCriteriaList(criteria)}
+
+
+class _WatchedStreamer:
+    """A streamer whose exception is kept until the ranks can hear of it."""
+
+    def __init__(self, own: Any) -> None:
+        self._own = own
+        self.failure: Exception | None = None
+
+    def put(self, tokens: Tensor) -> None:
+        """Hand on, until it fails."""
+        if self.failure is None:
+            try:
+                self._own.put(tokens)
+            except Exception as error:
+                self.failure = error
+
+    def end(self) -> None:
+        """The last token has come: no rank waits any more."""
+        if self.failure is not None:
+            raise self.failure
+        self._own.end()
+
+
+class _StreamEnds(StoppingCriteria):  # type: ignore[misc]
+    """Ends nothing, and raises what the streamer of this rank has raised."""
+
+    def __init__(self, streamer: _WatchedStreamer | None) -> None:
+        self._streamer = streamer
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        if self._streamer is not None and self._streamer.failure is not None:
+            raise self._streamer.failure
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def _settings(config: GenerationConfig, criteria: Sequence[object]) -> dict[str, object]:
