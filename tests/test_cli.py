@@ -131,7 +131,9 @@ def test_plan_of_a_folder(
 def test_plan_of_several_sizes(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Guards: one size that can't be hiding the others, or its reason; success where no size can be; sizes that are none."""
+    """Guards: one size that can't be hiding the others, or its reason; success where no size can be; sizes that are none;
+    headings that are cut in a narrow terminal.
+    """
     page = tmp_path / "sizes.html"
     assert run(monkeypatch, "plan", tiny, "--tp", "1,2,5", "--html", page) == 0
     shown = capsys.readouterr().out
@@ -139,6 +141,11 @@ def test_plan_of_several_sizes(
     assert "tp=5 cannot be: model.layers.0.self_attn" in shown
     assert max(map(len, shown.splitlines())) <= 100
     assert "cannot be" in page.read_text(encoding="utf-8")
+    monkeypatch.setenv("COLUMNS", "60")
+    assert run(monkeypatch, "plan", tiny, "--tp", "1,2") == 0
+    shown = capsys.readouterr().out
+    assert {"activations", "share", "collectives"} <= set(shown.split())  # none is cut, or in two lines
+    assert "…" not in shown
     assert run(monkeypatch, "plan", tiny, "--tp", "5,7") == 1
     assert run(monkeypatch, "plan", tiny, "--tp", "2,x") == 2
     assert run(monkeypatch, "plan", tiny, "--tp", "0") == 2

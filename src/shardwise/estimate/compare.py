@@ -42,7 +42,7 @@ class Comparison:
 
     def text(self) -> list[RenderableType]:
         """A row for each size, then what keeps the others from being."""
-        grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        grid = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
         for heading in self._headings:
             grid.add_column(heading, justify="right", overflow="fold")
         for row in self._rows():
