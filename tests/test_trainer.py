@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -13,7 +16,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 import shardwise
@@ -137,8 +140,13 @@ def _agree(model: Any) -> bool:
 
 def run_plain(path: Path, folder: Path, batch: int, adapters: bool = False, **changes: Any) -> Run:
     """In this process."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model = plain(path)
     return run(transformers.Trainer, lora(model) if adapters else model, folder, batch, **changes)
+
+
+def plain(path: Path) -> Any:
+    """The ordinary model."""
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
 
 
 TIMES = ("runtime", "per_second")
@@ -259,9 +267,105 @@ def test_what_would_give_other_numbers_is_refused(pool2, tmp_path_factory, tmp_p
     assert "rank 1 was given another batch than rank 0" in found["data"]
 
 
+class Stream(IterableDataset):
+    """As many of the texts as asked for, one after the other: nobody knows the length before."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.texts = Texts(count, seed)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return iter([self.texts[index] for index in range(len(self.texts))])
+
+
+def scores(kind: type, make: Callable[[], Any], folder: Path, stream: bool) -> dict[str, float]:
+    """What a trainer that makes its model itself finds in evaluation, of samples that are gathered as objects."""
+    torch.manual_seed(0)
+    trainer = kind(
+        model_init=make,
+        args=arguments(folder, 4, eval_use_gather_object=not stream, save_strategy="no", eval_strategy="no", max_steps=2),
+        train_dataset=Texts(ODD, 0),
+        eval_dataset=Stream(ODD, 1) if stream else Texts(ODD, 1),
+        compute_metrics=accuracy,
+    )
+    trainer.train()
+    metrics: dict[str, float] = trainer.evaluate()
+    return metrics
+
+
+def scores_sharded(path: Path, folder: Path, stream: bool) -> dict[str, float]:
+    """On a rank."""
+    return scores(shardwise.Trainer, lambda: load(path), folder, stream)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["objects", "stream"])
+def test_evaluation_counts_as_one_process_does(stream, shm2, tmp_path_factory, tmp_path):
+    """Guards: an accelerator that was made before `model_init` gave it a model, and deals other batches to each rank; tensors
+    that are gathered row by row as objects, and then joined across; a last batch of a stream that weighs as much as a full one.
+    """
+    path = checkpoint(tmp_path_factory, "llama")
+    expected = scores(transformers.Trainer, lambda: plain(path), tmp_path / "plain", stream)
+    for found in shm2.run(scores_sharded, path, tmp_path / "ranks", stream):
+        for key, value in expected.items():
+            if not key.endswith(TIMES):
+                assert found[key] == pytest.approx(value, rel=2e-4), key
+
+
+def draws_when_resumed(path: Path, folder: Path) -> tuple[float, ...]:
+    """On a rank: random numbers behind a run that goes on from one of fewer ranks, each of which left its random state."""
+    draws = []
+    for resume in (None, str(folder / "checkpoint-1")):
+        model = load(path)
+        random.seed(dist.get_rank()), np.random.seed(dist.get_rank()), torch.manual_seed(dist.get_rank())
+        more = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "no", "max_steps": 2}
+        trainer = shardwise.Trainer(model=model, args=arguments(folder, 4, **more), train_dataset=Texts(12, 0))
+        random.seed(dist.get_rank())
+        trainer.train(resume_from_checkpoint=resume)
+        draws = [random.random(), float(np.random.rand()), float(torch.rand(()))]
+        if dist.get_rank() == 0 and resume is None:
+            assert (folder / "checkpoint-1/rng_state.pth").is_file()  # for one process
+            (folder / "checkpoint-1/rng_state_1.pth").unlink()
+        dist.barrier()
+    return tuple(draws)
+
+
+def test_ranks_resume_with_one_random_state(shm2, tmp_path_factory, tmp_path):
+    """Guards: of more ranks than the earlier run had, some without its random state: from then on they drop out other elements
+    of the same activations, and nobody notices.
+    """
+    first, second = shm2.run(draws_when_resumed, checkpoint(tmp_path_factory, "llama"), tmp_path)
+    assert first == second
+
+
+def full_disk(path: Path, folder: Path, what: str) -> str:
+    """On a rank: what a trainer says when the first rank, which alone writes it, cannot write a file."""
+    more = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "no", "max_steps": 1}
+    trainer = shardwise.Trainer(model=load(path), args=arguments(folder / what, 4, **more), train_dataset=Texts(12, 0))
+    own = torch.save
+
+    def save(content: Any, file: Any, *args: Any, **kwargs: Any) -> None:
+        if dist.get_rank() == 0 and what in str(file):
+            raise OSError(28, "No space left on device")
+        own(content, file, *args, **kwargs)
+
+    torch.save = save
+    try:
+        with pytest.raises((OSError, MismatchError)) as error:
+            trainer.train()
+    finally:
+        torch.save = own
+    return str(error.value)
+
+
+@pytest.mark.parametrize("what", ["training_args", "optimizer", "rng_state"])
+def test_a_disk_that_is_full(what, shm2, tmp_path_factory, tmp_path):
+    """Guards: the ranks that write nothing waiting at a barrier for one that has raised."""
+    first, second = shm2.run(full_disk, checkpoint(tmp_path_factory, "llama"), tmp_path, what)
+    assert "No space left" in first
+    assert "failed on rank 0" in second
+
+
 def test_ordinary_model_is_trained_as_ever(tmp_path_factory, tmp_path):
     """Guards: a Trainer of ours that changes the training of a model that is not parallel."""
     path = checkpoint(tmp_path_factory, "llama")
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    found = run(shardwise.Trainer, model, tmp_path / "ours", 4, num_train_epochs=1)
+    found = run(shardwise.Trainer, plain(path), tmp_path / "ours", 4, num_train_epochs=1)
     compare(found, run_plain(path, tmp_path / "plain", 4, num_train_epochs=1))

@@ -16,7 +16,7 @@ An ordinary model is trained as transformers does.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -28,9 +28,10 @@ from transformers import Trainer as TransformersTrainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from shardwise.errors import MismatchError, ShardwiseError, describe
+from shardwise.generation import same_random_state
 from shardwise.loading import load_weights
 from shardwise.model_state import ModelState, parallel_parts
-from shardwise.replicas import checksum, first_difference
+from shardwise.replicas import checksum, first_difference, together
 from shardwise.training import (
     average_gradients,
     clip_grad_norm_,
@@ -38,7 +39,8 @@ from shardwise.training import (
     full_optimizer_state,
     load_full_optimizer_state,
 )
-from shardwise.training.accelerator import count_replicas, replicas
+from shardwise.training.accelerator import count_last_batch, count_replicas, counts_replicas, replicas
+from shardwise.training.random_states import copy_for_one_process, load_random_state
 
 _ELEMENTWISE = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop", "adamw_anyprecision", "lion_32bit")
 
@@ -61,6 +63,8 @@ class TrainerMixin:
         self._batch_seen = False
         if self._state is not None:
             _check_arguments(self)
+            if not counts_replicas(self.accelerator):  # the model came of `model_init`, after the accelerator
+                self.create_accelerator_and_postprocess()
             # The model is prepared without DDP, every rank takes part in saving, and `_sync_...` below is called.
             self.is_distributed_loading_by_transformers = True
 
@@ -84,6 +88,9 @@ class TrainerMixin:
             count_replicas(accelerator, state.mesh)
             as_objects = self.args.eval_use_gather_object
             self.gather_function = partial(accelerator.gather_for_metrics, use_gather_object=as_objects)
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        self._together("making the repository on the hub", partial(super().init_hf_repo, *args, **kwargs))  # type: ignore[misc]
 
     def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
         state = self._state
@@ -139,7 +146,22 @@ class TrainerMixin:
         state, total = self._state, super().floating_point_ops(inputs)  # type: ignore[misc]
         return float(total) if state is None else float(total) / state.mesh.size()
 
+    def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._state is not None and self.accelerator.num_processes == 1:
+            count_last_batch(self.accelerator, inputs)
+        return super().prediction_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+
     # --- checkpoints ---
+
+    def _together(self, what: str, make: Callable[[], None]) -> None:
+        """Call `make`, whose own collectives fail on all ranks or on none; where it fails on one, it fails on all."""
+        if self._state is None:
+            make()
+        else:
+            together(None, f"Trainer: {what}", make)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._together("saving a checkpoint", partial(super()._save_checkpoint, *args, **kwargs))  # type: ignore[misc]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self._state is not None and not isinstance(self.model, _savable()):
@@ -149,19 +171,38 @@ class TrainerMixin:
                     either=['save_strategy="no", and save its parts yourself, or', "train the transformers model itself"],
                 )
             )
-        super()._save(output_dir, state_dict=state_dict)  # type: ignore[misc]
-        if self._state is not None:
-            self.accelerator.wait_for_everyone()
+        folder = self.args.output_dir if output_dir is None else output_dir
+        self._together(f"making {folder}", partial(_make_folder, folder, self.args.should_save))
+        self._together("saving the model", partial(super()._save, output_dir, state_dict=state_dict))  # type: ignore[misc]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self._state is None:
             super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
             return
         full = full_optimizer_state(self.model, self._plain_optimizer)
-        if self.args.should_save:
-            torch.save(full, os.path.join(output_dir, OPTIMIZER_NAME))
-            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
-        self.accelerator.wait_for_everyone()
+
+        def write() -> None:
+            if self.args.should_save:
+                torch.save(full, os.path.join(output_dir, OPTIMIZER_NAME))
+                torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+
+        self._together("saving the optimizer's state", write)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        def write() -> None:
+            super(TrainerMixin, self)._save_rng_state(output_dir)  # type: ignore[misc]
+            if self._state is not None and self.args.should_save and self.accelerator.num_processes == 1:
+                copy_for_one_process(output_dir)
+
+        self._together("saving the random state", write)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        state = self._state
+        if state is None or checkpoint is None:
+            super()._load_rng_state(checkpoint)  # type: ignore[misc]
+        else:
+            load_random_state(checkpoint, replicas(state.mesh)[self._replica][0])
+            same_random_state(state.mesh)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if self._state is None or checkpoint is None:
@@ -225,6 +266,10 @@ def _check_arguments(trainer: Any) -> None:
         "fsdp=...": (args.fsdp, "leave it out"),
         "deepspeed=...": (args.deepspeed, "leave it out"),
         "parallelism_config=...": (args.parallelism_config, "leave it out: the model knows its axes"),
+        "enable_jit_checkpoint=True": (
+            args.enable_jit_checkpoint,
+            "save_strategy='steps': a signal reaches ranks in different steps",
+        ),
         "auto_find_batch_size=True": (args.auto_find_batch_size, "choose per_device_train_batch_size"),
         "train_sampling_strategy='batch_rebalance'": (
             str(getattr(args.train_sampling_strategy, "value", args.train_sampling_strategy)) == "batch_rebalance",
@@ -239,6 +284,11 @@ def _check_arguments(trainer: Any) -> None:
         if given:
             raise ShardwiseError(describe(f"shardwise.Trainer: {name} is not possible for a parallel model.", either=[instead]))
     replicas(next(state.mesh for state, _ in parallel_parts(trainer.model)))
+
+
+def _make_folder(folder: str, here: bool) -> None:
+    if here:
+        os.makedirs(folder, exist_ok=True)
 
 
 def _check_same_batch(inputs: Any, state: ModelState) -> None:

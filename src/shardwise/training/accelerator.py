@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import recursively_apply
+from accelerate.utils import find_batch_size, recursively_apply
 from torch import Tensor
 
 from shardwise.errors import ShardwiseError, describe
@@ -48,6 +48,24 @@ def count_replicas(accelerator: Accelerator, mesh: DeviceMesh) -> None:
     accelerator.__class__ = type(f"Replica{base.__name__}", (_Replicas, base), {"__module__": __name__})
 
 
+def counts_replicas(accelerator: Accelerator) -> bool:
+    """Whether `count_replicas` has been called for `accelerator`."""
+    return isinstance(accelerator, _Replicas)
+
+
+def count_last_batch(accelerator: Accelerator, inputs: Any) -> None:
+    """Of a dataset without length, read by one replica, say how many samples the last batch has, as accelerate does in one
+    process: what is gathered is cut to it. In place.
+
+    Args:
+        accelerator: what dealt the batch.
+        inputs: the batch that is evaluated now.
+    """
+    progress = accelerator.gradient_state
+    if progress.end_of_dataloader and progress.remainder == -1 and (samples := find_batch_size(inputs)) is not None:
+        progress.active_dataloader.remainder = samples
+
+
 class _Replicas:
     """Mixed in front of an `Accelerator`."""
 
@@ -68,12 +86,15 @@ class _Replicas:
         return recursively_apply(self._once, super().gather(tensor))  # type: ignore[misc]
 
     def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
-        """As accelerate's, of the replicas."""
+        """As accelerate's, of the replicas. Tensors are gathered as tensors; objects come in a list, but of one replica."""
         try:
             recursively_apply(lambda x: x, input_data, error_on_other_type=True)
-            objects = use_gather_object
+            objects = use_gather_object and not isinstance(input_data, Tensor)
         except TypeError:
             objects = True
+        if objects and self.num_processes == 1:
+            last = self.gradient_state.remainder if self.gradient_state.end_of_dataloader else 0
+            return input_data[:last] if last > 0 and isinstance(input_data, list | tuple) else input_data
         if objects and dist.get_rank() not in [ranks[0] for ranks in self._replicas]:
             input_data = type(input_data)()
         return super().gather_for_metrics(input_data, use_gather_object=objects)  # type: ignore[misc]
