@@ -28,10 +28,12 @@ from typing import TYPE_CHECKING, Any, Union
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 from torch.nn.functional import pad
 
 from shardwise.compiled import SYNCHRONOUS, traced_all_gather, traced_all_reduce, traced_reduce_scatter
+from shardwise.errors import ShardwiseError, describe
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -125,6 +127,14 @@ def even_sizes(length: int, size: int) -> Sizes:
 
 
 def _needs_grad(x: Tensor) -> bool:
+    if not torch.compiler.is_dynamo_compiling() and forward_ad._current_level >= 0:
+        raise ShardwiseError(
+            describe(
+                "Forward-mode differentiation (torch.func.jvp, jacfwd, dual tensors) of a parallel model is not possible.",
+                why="tangents would stay this rank's part",
+                fix="torch.autograd.grad(..., create_graph=True), twice for a product with the Jacobian",
+            )
+        )
     return x.requires_grad and torch.is_grad_enabled()
 
 

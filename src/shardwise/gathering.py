@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from shardwise.mesh import local_device, point_to_point_device
-from shardwise.model_state import ModelState, plain_name, required_state, row_of, state_of
+from shardwise.model_state import ModelState, check_summed, plain_name, required_state, row_of, state_of
 from shardwise.rendezvous import meet
 from shardwise.spec import ShardSpec
 
@@ -44,6 +44,7 @@ def full_gradients(model: nn.Module) -> dict[str, Tensor] | None:
     state = state_of(model)
     if state is None:
         return {name: p.grad.detach().cpu() for name, p in named.items() if p.grad is not None}
+    check_summed(state, model)
     meet(state.ep, "full_gradients")
     has = torch.tensor([p.grad is not None for p in named.values()], dtype=torch.int32, device=local_device(state.mesh))
     dist.all_reduce(has, group=state.ep.get_group())

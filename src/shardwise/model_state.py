@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from shardwise.adapters import ordinary_name
 from shardwise.errors import PlanError, ShardwiseError, describe
-from shardwise.layers import Stream
+from shardwise.layers import Stream, is_parallel
 from shardwise.lockstep import Lockstep
 from shardwise.plan import Plan
 from shardwise.spec import ModuleSpec, ShardSpec
@@ -76,7 +76,27 @@ def state_of(model: nn.Module) -> ModelState | None:
                 either=[f"pass model.{inner}, or", "for clipping, shardwise.clip_grad_norm_ takes the whole"],
             )
         )
+    if state is None:
+        refuse_part(model)
     return state
+
+
+def refuse_part(model: nn.Module) -> None:
+    """Raise `ShardwiseError` for a part of a parallel model, or what is around one: its tensors are a rank's, and it has no
+    table that says of what.
+    """
+    cut = next((name or "itself" for name, module in model.named_modules() if is_parallel(module)), None)
+    if cut is not None:
+        raise ShardwiseError(
+            describe(
+                f"{type(model).__name__} has layers of a parallel model ({cut}), and not the model itself.",
+                why="its parameters are this rank's parts, and how they are cut is known to the whole model",
+                either=[
+                    "pass the whole parallel model, or",
+                    "make this part parallel itself: shardwise.AutoModel, or shardwise.parallelize, of it alone",
+                ],
+            )
+        )
 
 
 def parallel_parts(model: nn.Module) -> Iterator[tuple[ModelState, nn.Module]]:
@@ -98,6 +118,27 @@ def plain_name(name: str) -> str:
     """A tensor's name in the model itself, without what DDP ("module.") and torch.compile ("_orig_mod.") put into it."""
     parts = name.split(".")
     return ".".join(part for i, part in enumerate(parts) if part != "_orig_mod" and not (i == 0 and part == "module"))
+
+
+def check_summed(state: ModelState, model: nn.Module) -> None:
+    """Raise `ShardwiseError` where a module of the parallel `model` that summed its gradients over the ranks has been replaced
+    by an ordinary one: its gradients are parts, and nothing shows it.
+    """
+    for row in state.plan.modules:
+        if not row.style.gradient_is_partial:
+            continue
+        try:
+            module = model.get_submodule(row.name)
+        except AttributeError:  # an adapter is around it
+            continue
+        if not is_parallel(module):
+            raise ShardwiseError(
+                describe(
+                    f"{row.name} was replaced after the model became parallel: each rank's gradient of it is a part.",
+                    rule=str(row.rule),
+                    either=["change the ordinary model, and make it parallel then, or", "copy the values into the old module"],
+                )
+            )
 
 
 def row_of(state: ModelState, name: str, tensor: Tensor) -> ShardSpec:

@@ -21,6 +21,7 @@ from shardwise.layers import (
     OverlappedLinear,
     OverlappedRegion,
     ParallelStyle,
+    PartOfModel,
     ReadWhole,
     Region,
     SequenceRowwise,
@@ -38,7 +39,7 @@ from shardwise.replicas import checksum, first_difference
 from shardwise.spec import ModuleSpec, ShardSpec, sums_gradient
 
 if TYPE_CHECKING:
-    pass
+    from torch.distributed.device_mesh import DeviceMesh
 
 ReadShard = Callable[[ShardSpec, Tensor], Tensor]
 _DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
@@ -65,6 +66,7 @@ def apply_plan(model: nn.Module, state: ModelState, read: ReadShard, root: type[
     if root is not None and not is_parallel(model):
         model.__dict__["_tp"] = ShardState(mesh, mesh)
         model.__class__ = parallel_class(root, type(model))
+        _parallelize_parts(model, mesh)
         if _forward_is_replaced(model):
             let_weight_be_read(model.get_output_embeddings())  # type: ignore[operator]
     model.__dict__[STATE] = state
@@ -112,6 +114,14 @@ def apply_adapters(model: nn.Module, configs: Mapping[str, Any]) -> None:
     for original, copy in copied_layers(model) if not state.overlap else ():
         copy.__dict__["_tp"].region = original.__dict__["_tp"].region  # or the copy would open it and not close it
     model.__dict__[STATE] = replace(state, adapters=table)
+
+
+def _parallelize_parts(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Have the models inside of `model` refuse to be saved alone."""
+    for module in model.modules():
+        if hasattr(type(module), "save_pretrained") and not is_parallel(module):
+            module.__dict__["_tp"] = ShardState(mesh, mesh)
+            module.__class__ = parallel_class(PartOfModel, type(module))
 
 
 def _forward_is_replaced(model: nn.Module) -> bool:

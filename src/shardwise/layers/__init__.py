@@ -66,6 +66,7 @@ from shardwise.layers.linear import (
 from shardwise.layers.multihead import LocalMultihead
 from shardwise.layers.norm import ShardedNorm, ShardedStatistics
 from shardwise.layers.overlap import OverlappedLinear, OverlappedRegion
+from shardwise.layers.part import PartOfModel
 from shardwise.layers.recurrent import LocalHeadState, LocalState
 from shardwise.layers.region import Region
 from shardwise.layers.replicated import (
@@ -190,6 +191,7 @@ __all__ = [
     "PackedColwiseParallel",
     "PackedRowwiseParallel",
     "ParallelStyle",
+    "PartOfModel",
     "ReadWhole",
     "Region",
     "Replicate",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from shardwise.collectives import copy_to_tp, gather_from_tp, reduce_from_tp, scatter_to_tp
+from shardwise.errors import ShardwiseError, describe
 from shardwise.layers import traced
 from shardwise.layers.base import Cut, Local, ParallelStyle
 from shardwise.layout import Block, Layout, Packed, Replicated, Shape
@@ -33,6 +34,35 @@ def is_product(module: nn.Module) -> bool:
     return is_plain(module) or stores_transposed(module)
 
 
+def is_computed(module: nn.Module) -> bool:
+    """Whether `module`'s weight is no parameter, but made of others in each forward."""
+    made_of = ("weight_orig", "weight_g", "parametrizations")
+    return "weight" not in module._parameters and any(name in (*module._parameters, *module._modules) for name in made_of)
+
+
+def refuse_whole_matrix(module: nn.Module) -> None:
+    """Raise `ShardwiseError` where the weight of a parallel `module` has since been put under what looks at the whole matrix
+    (its norm, its largest elements), and would see this rank's part.
+    """
+    if not is_computed(module):
+        return
+    lists = module._modules.get("parametrizations")
+    # Each parameter has a list of them, and a tensor or two beside it.
+    kinds = {type(one).__name__ for many in (lists.children() if lists is not None else ()) for one in many.children()}
+    if lists is None or kinds & {"_WeightNorm", "_SpectralNorm", "_Orthogonal"}:
+        raise ShardwiseError(
+            describe(
+                f"{type(module).__name__}: what its weight is made by would see this rank's part alone.",
+                why="pruning, weight_norm, spectral_norm and the like look at the whole matrix",
+                found=", ".join(sorted(kinds)) or ", ".join(module._parameters),
+                either=[
+                    "make it permanent in the ordinary model (prune.remove, ...), and parallelize that, or",
+                    "give the layer the style replicate",
+                ],
+            )
+        )
+
+
 class LinearStyle(ParallelStyle):
     """What the linear styles share: which attributes of the module say its width, and how it prints."""
 
@@ -41,9 +71,11 @@ class LinearStyle(ParallelStyle):
 
     @classmethod
     def refuses(cls, module: nn.Module) -> str | None:
-        if hasattr(module, "out_features") or stores_transposed(module):
-            return None
-        return f"{type(module).__name__} is not a linear layer (it has no out_features)"
+        if not (hasattr(module, "out_features") or stores_transposed(module)):
+            return f"{type(module).__name__} is not a linear layer (it has no out_features)"
+        if is_computed(module):
+            return "its weight is computed anew from others (a parametrization, weight_norm, pruning): make it permanent first"
+        return None
 
     @classmethod
     def local_attributes(cls, module: nn.Module, local: Local) -> dict[str, int | None]:
@@ -82,8 +114,9 @@ class ColwiseParallel(LinearStyle):
         if torch.compiler.is_compiling() and facts["plain"]:
             return traced.colwise(self, input)
         entered = self._tp.enter(input, self.training)
-        if facts["direct"] and len(own) == 2 and (weight := own["weight"]) is not None:
+        if facts["direct"] and len(own) == 2 and (weight := own.get("weight")) is not None:
             return linear(entered, weight, own["bias"])
+        refuse_whole_matrix(self)
         output: Tensor = super().forward(entered)
         return output
 
@@ -172,8 +205,9 @@ class RowwiseParallel(LinearStyle):
     def _product(self, input: Tensor) -> Tensor:
         """What this rank adds to the sum, without the bias."""
         own = self._parameters
-        if self._facts["direct"] and len(own) == 2 and (mine := own["weight"]) is not None:
+        if self._facts["direct"] and len(own) == 2 and (mine := own.get("weight")) is not None:
             return linear(input, mine)
+        refuse_whole_matrix(self)
         if self._tp.options.get("own_forward"):
             return self._without_bias(input)
         weight = self.weight

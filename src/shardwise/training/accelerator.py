@@ -70,6 +70,7 @@ class _Replicas:
     """Mixed in front of an `Accelerator`."""
 
     _replicas: list[list[int]]
+    gradient_state: Any
 
     @property
     def num_processes(self) -> int:

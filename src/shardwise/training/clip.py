@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from shardwise.errors import ShardwiseError, describe
 from shardwise.mesh import local_device
-from shardwise.model_state import ModelState, parallel_parts, row_of
+from shardwise.model_state import ModelState, check_summed, parallel_parts, refuse_part, row_of
 from shardwise.spec import ShardSpec
 
 if TYPE_CHECKING:
@@ -47,8 +47,11 @@ def clip_grad_norm_(
         )
     parts = list(parallel_parts(model))
     if not parts:
+        refuse_part(model)
         return torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm, norm_type, error_if_nonfinite, foreach)
     state = _common_axes(model, [state for state, _ in parts])
+    for own, part in parts:
+        check_summed(own, part)
     rows = {p: row_of(state, name, p) for state, part in parts for name, p in part.named_parameters()}
     gradients = {p: p.grad for p in model.parameters() if p.grad is not None}
     precision = torch.float64 if any(g.dtype == torch.float64 for g in gradients.values()) else torch.float32
