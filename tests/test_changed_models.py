@@ -43,7 +43,7 @@ def said(threads: object, model: nn.Module, change: Callable[[nn.Module], object
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm`:FutureWarning")
 @pytest.mark.parametrize("name", CHANGES)
 def test_what_looks_at_a_whole_matrix(name, threads):
-    """Guards: norms over a rank's columns, and each rank's smallest elements pruned, as if they were the matrix's; a `KeyError`."""
+    """Guards: norms over a rank's columns, and each rank's smallest elements pruned, as the matrix's; a `KeyError`."""
     model = build("llama")
 
     def change(mine: nn.Module) -> None:
