@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations, prune, weight_norm
@@ -89,6 +90,20 @@ def test_a_part_of_a_parallel_model(verb, threads, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "LlamaModel" in said(threads, build("llama"), lambda mine: VERBS[verb](mine.model))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("verb", ["full_state_dict", "full_gradients", "save_pretrained"])
+def test_another_dtype_on_one_rank(verb, threads, tmp_path):
+    """Guards: a rank that receives as many bytes as it has itself, and waits for those that nobody sends."""
+
+    def change(mine: nn.Module) -> None:
+        if dist.get_rank() == 1:
+            mine.to(torch.bfloat16)
+        verbs = VERBS | {"save_pretrained": lambda model: model.save_pretrained(tmp_path)}
+        verbs[verb](mine)
+
+    found = said(threads, build("llama"), change)
+    assert f"{verb}: the dtype of a parameter or buffer on rank 1 is not that of rank 0" in found
 
 
 @pytest.mark.parametrize("verb", ["full_gradients", "clip_grad_norm_"])

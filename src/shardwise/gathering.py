@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from shardwise.mesh import local_device, point_to_point_device
 from shardwise.model_state import ModelState, check_summed, plain_name, required_state, row_of, state_of
 from shardwise.rendezvous import meet
+from shardwise.replicas import check_same
 from shardwise.spec import ShardSpec
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor] | None:
     if state is None:
         return {name: tensor.detach().cpu() for name, tensor in named.items()}
     meet(state.ep, "full_state_dict")
+    check_dtypes(state, named, "full_state_dict")
     return _gather_all(state, named)
 
 
@@ -46,10 +48,19 @@ def full_gradients(model: nn.Module) -> dict[str, Tensor] | None:
         return {name: p.grad.detach().cpu() for name, p in named.items() if p.grad is not None}
     check_summed(state, model)
     meet(state.ep, "full_gradients")
+    check_dtypes(state, named, "full_gradients")
     has = torch.tensor([p.grad is not None for p in named.values()], dtype=torch.int32, device=local_device(state.mesh))
     dist.all_reduce(has, group=state.ep.get_group())
     present = [(name, p) for (name, p), count in zip(named.items(), has.tolist(), strict=True) if count]
     return _gather_all(state, {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in present})
+
+
+def check_dtypes(state: ModelState, named: Mapping[str, Tensor], what: str) -> None:
+    """Raise `MismatchError`, on every rank, where a tensor has another dtype on one of them (`model.to(...)` on that one only):
+    what it sends would not be what the others receive. Collective.
+    """
+    found = [(plain_name(name), str(tensor.dtype)) for name, tensor in named.items()]
+    check_same(state.ep, what, {"the dtype of a parameter or buffer": found})
 
 
 def gather_adapters(model: nn.Module, named: MutableMapping[str, Tensor], prefix: str) -> None:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shardwise.errors import CheckpointError, ShardwiseError, describe
-from shardwise.gathering import gather_to_first
+from shardwise.gathering import check_dtypes, gather_to_first
 from shardwise.hf import checkpoint_tensors, description_files
 from shardwise.lazy import Box, LazyTensor, lazy, read
 from shardwise.mesh import all_replicas, is_first_replica, local_device, replica_groups
@@ -57,7 +57,8 @@ def save_pretrained(
         timeout: seconds to wait for the other ranks to make this call.
         unused: `is_main_process`, `safe_serialization` and `save_peft_format` mean nothing here; other keywords are refused.
 
-    Raises `MissingRankError` when some rank does not call it, and `CheckpointError`, on every rank, when writing fails.
+    Raises `MissingRankError` when some rank does not call it, `MismatchError` when they differ in what they call it with or in
+    dtypes, and `CheckpointError`, on every rank, when writing fails.
     """
     _refuse(model, unused)
     directory = os.fspath(save_directory)  # on every rank: what is wrong with it must not be news to the first one only
@@ -65,6 +66,7 @@ def save_pretrained(
     mesh = state.mesh
     meet_ranks(all_replicas(mesh), "save_pretrained", timeout)
     check_same_arguments(mesh, "save_pretrained", directory, max_shard_size, variant, save_original_format)
+    check_dtypes(state, model.state_dict(keep_vars=True), "save_pretrained")
     tensors = checkpoint_tensors(model, dict(_lazy_shards(model)), save_original_format)
     plan = plan_files(
         [Entry(n, t.dtype, tuple(t.shape)) for n, t in tensors.items()], max_shard_size=max_shard_size, variant=variant
@@ -195,7 +197,7 @@ def _lazy_shards(model: PreTrainedModel) -> Iterator[tuple[str, LazyTensor]]:
 def _refuse(model: PreTrainedModel, keywords: dict[str, object]) -> None:
     for name in ("is_main_process", "safe_serialization", "save_peft_format", "token"):
         keywords.pop(name, None)
-    given = [name for name, value in keywords.items() if value]
+    given = [name for name, value in keywords.items() if value is not None and value is not False]
     if given:
         raise ShardwiseError(
             describe(
