@@ -17,10 +17,11 @@ from shardwise.hf import (
     check_head,
     frozen_model_rules,
     has_expert_plan,
+    is_of_transformers,
     model_rules,
     origin_of,
 )
-from shardwise.infer import LEAST, cut_share, infer_plan, plan_rest, plan_unknown, prove_rules
+from shardwise.infer import LEAST, cut_share, infer_plan, plan_brought, plan_rest, plan_unknown, prove_rules
 from shardwise.layers.registry import style_named
 from shardwise.plan import Plan
 from shardwise.plan_file import Written, is_plan_file, read
@@ -63,7 +64,8 @@ def make_plan(
             raise PlanError('tp_plan="infer" splits every expert: leave ep_size out.')
         return infer_plan(model, tp_size)
     if plan == "auto" and tp_size > 1 and ep_size is None and isinstance(model, PreTrainedModel):
-        return _frozen(model, tp_size) or _auto(model, tp_size)
+        kept = _frozen(model, tp_size)
+        return _auto(model, tp_size) if kept is None else _checked(model, kept)
     return _merged(model, tp_size, ep_size, _user_rules(model, plan))
 
 
@@ -82,7 +84,7 @@ def _auto(model: nn.Module, size: int) -> Plan:
     if not brought:
         return plan_unknown(model, size)
     table = resolve(model, brought, size)
-    return _completed(model, table, brought) or _finished(model, table)
+    return _completed(model, table, brought) or _checked(model, _finished(model, table))
 
 
 def _finished(model: nn.Module, table: Plan) -> Plan:
@@ -90,6 +92,11 @@ def _finished(model: nn.Module, table: Plan) -> Plan:
     check_coverage(model, table)
     check_head(model, table)
     return replace(table, origin=origin_of(model))
+
+
+def _checked(model: nn.Module, table: Plan) -> Plan:
+    """`table` of a model of transformers'; of any other one that is shown to be right."""
+    return table if is_of_transformers(model) else plan_brought(model, table)
 
 
 def proven_plan(model: nn.Module, tp_size: int, plan: PlanLike, ep_size: int | None) -> Plan:

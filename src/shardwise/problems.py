@@ -89,5 +89,9 @@ def heads(name: str, problem: str, rule: Rule, found: Heads, size: int) -> PlanE
     """Heads that can't be dealt to the ranks."""
     sizes = ", ".join(str(n) for n in found.possible())
     parent = wildcard(name.rpartition(".")[0])
-    way_out = [f"a tp_size of {sizes}, or", f'tp_plan={{"{parent}.<each projection>": "replicate"}} to keep attention whole']
+    way_out = [
+        f"a tp_size of {sizes}, or",
+        f'tp_plan={{"{parent}.<each projection>": "replicate"}} to keep attention whole, or',
+        'tp_plan="infer", which computes attention whole, of weights that are cut',
+    ]
     return PlanError(describe(f"{name}: {problem}.", rule=str(rule), either=way_out))

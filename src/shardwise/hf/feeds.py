@@ -28,7 +28,8 @@ _WIDTHS = ("cross_attention_hidden_size", "encoder_hidden_size", "hidden_size", 
 
 
 def sample_feeds(model: PreTrainedModel) -> list[Inputs | Callable[[nn.Module], object]]:
-    """Two micro-batches, the second padded on the left; and, where it generates, a token after the others, from the cache.
+    """Two micro-batches, the second padded on the left and with labels, where it takes them; and, where it generates, a token
+    after the others, from the cache.
 
     A model of texts is given ids, for its encoder and its decoder where it has both; a decoder that attends to an encoder's
     states, in the first micro-batch, those. Of images and sounds it is given noise, as large as its config says.
@@ -45,11 +46,12 @@ def sample_feeds(model: PreTrainedModel) -> list[Inputs | Callable[[nn.Module], 
     if not batches:
         raise _unknown(model)
     batches[0] = _with_more(model, batches[0], generator)
-    feeds: list[Inputs | Callable[[nn.Module], object]] = [*batches]
     if len(batches) > 1 and _runs(model, padded := _padded(batches[1])):
-        feeds[1] = padded
+        batches[1] = padded
+    batches[-1] = _with_labels(model, batches[-1])
+    feeds: list[Inputs | Callable[[nn.Module], object]] = [*batches]
     if not _has_gradient(model, batches[0]):
-        feeds = [in_training(inputs) for inputs in feeds if not callable(inputs)]
+        feeds = [in_training(inputs) for inputs in batches]
     caches = (_takes_cache(model), False) if model.can_generate() else ()
     ways = (_from_cache(batches[0], model.config.is_encoder_decoder, given) for given in caches)
     cached = next((way for way in ways if _runs(model, way)), None)
@@ -105,13 +107,15 @@ def _sensed(model: PreTrainedModel, generator: torch.Generator) -> Iterator[Inpu
 
 
 def _with_more(model: PreTrainedModel, inputs: Inputs, generator: torch.Generator) -> Inputs:
-    """`inputs` with an encoder's states, global attention, images or sounds, if modules run with them that don't without."""
+    """`inputs` with an encoder's states, global attention, images, sounds or labels, if modules run with them that don't
+    without.
+    """
     if "input_ids" not in inputs or inputs["input_ids"].dim() != 2:
         return inputs
     ways = [*_with_global_attention(model, inputs)]
     if not model.config.is_encoder_decoder and inputs.keys() <= {"input_ids", "bbox"}:
         more = ({**inputs, **given} for given in _sensed(model, generator))
-        ways = [*_with_states(model, inputs, generator), *ways, *more]
+        ways = [*_with_states(model, inputs, generator), *ways, *_with_each_label(model, inputs), *more]
     return next((given for given in ways if _runs(model, given) and not _run(model, given) <= _run(model, inputs)), inputs)
 
 
@@ -130,6 +134,29 @@ def _with_global_attention(model: PreTrainedModel, inputs: Inputs) -> Iterator[I
         mask = torch.zeros_like(inputs["input_ids"])
         mask[:, 0] = 1
         yield {**inputs, _GLOBAL: mask}
+
+
+def _with_labels(model: PreTrainedModel, inputs: Inputs) -> Inputs:
+    """`inputs` with labels, where a model takes them and gives the same twice: code that computes a loss may read weights."""
+    for labelled in _with_each_label(model, inputs):
+        if _runs(model, labelled):
+            with torch.no_grad():
+                first, second = (_loss(model(**labelled)) for _ in range(2))
+            return labelled if first is not None and second is not None and torch.equal(first, second) else inputs
+    return inputs
+
+
+def _loss(returned: Any) -> Tensor | None:
+    found = returned.get("loss") if isinstance(returned, Mapping) else returned[0]
+    return found if isinstance(found, Tensor) else None
+
+
+def _with_each_label(model: PreTrainedModel, inputs: Inputs) -> Iterator[Inputs]:
+    """`inputs` with labels: the tokens themselves, a class for each of them, or one for each row."""
+    tokens = inputs.get("decoder_input_ids", inputs.get("input_ids"))
+    if tokens is not None and "labels" in inspect.signature(model.forward).parameters:
+        rows = torch.zeros(_rows(model, inputs), dtype=torch.long)
+        yield from ({**inputs, "labels": labels} for labels in (tokens, torch.zeros_like(tokens), rows))
 
 
 def _rows(model: PreTrainedModel, inputs: Inputs) -> int:

@@ -90,6 +90,11 @@ def base_model(model: nn.Module) -> PreTrainedModel:
     return _bases(model)[0][1]
 
 
+def is_of_transformers(model: nn.Module) -> bool:
+    """Whether the class of `model` is one of transformers' own, not a repository's or the user's."""
+    return type(model).__module__.startswith("transformers.")
+
+
 def has_expert_plan(model: nn.Module) -> bool:
     """Whether there are rules for expert parallelism for `model`, its own or ours."""
     return isinstance(model, PreTrainedModel) and bool(_expert_rules(model))

@@ -22,7 +22,7 @@ from shardwise.infer.choose import Inference
 from shardwise.infer.plan import infer, infer_plan
 from shardwise.infer.proof import Island, Proof
 from shardwise.infer.prove import examine, facts, prove, prove_rules
-from shardwise.infer.unknown import LEAST, cut_share, plan_rest, plan_unknown
+from shardwise.infer.unknown import LEAST, cut_share, plan_brought, plan_rest, plan_unknown
 
 __all__ = [
     "LEAST",
@@ -34,6 +34,7 @@ __all__ = [
     "facts",
     "infer",
     "infer_plan",
+    "plan_brought",
     "plan_rest",
     "plan_unknown",
     "prove",

@@ -9,7 +9,7 @@ from math import prod
 from torch import nn
 
 from shardwise.infer.products import Product
-from shardwise.layers import stores_transposed
+from shardwise.layers import looks_up_what_it_is_given, stores_transposed
 from shardwise.plan import Plan, wildcard
 from shardwise.spec import Rule
 
@@ -76,5 +76,7 @@ def gathered(model: nn.Module, plan: Plan, size: int, left: Mapping[str, str]) -
 
 
 def _looks_up(module: nn.Embedding) -> bool:
-    """Whether `module` is given ids, and nothing else: what is given more makes its ids itself, as learned positions do."""
-    return len(signature(type(module).forward).parameters) == 2
+    """Whether `module` is given ids, and nothing else, and looks these up: what is given more makes its ids itself, as learned
+    positions do.
+    """
+    return len(signature(type(module).forward).parameters) == 2 and looks_up_what_it_is_given(module)

@@ -124,6 +124,8 @@ class Products(TorchFunctionMode):
 
     def _product(self, weight: Tensor, operands: Operands) -> tuple[Product, int, int] | None:
         base = weight if id(weight) in self._names else weight._base
+        if weight.dim() < 2 and operands.inputs is not None:  # one output, which is no feature of what comes out
+            return None
         if base is None or id(base) not in self._names or not base.is_contiguous():
             return None
         name, outputs = self._names[id(base)], place_of(weight, base, operands.outputs)

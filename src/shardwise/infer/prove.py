@@ -17,6 +17,7 @@ from shardwise.infer.surroundings import plain_surroundings
 from shardwise.layers import STYLES
 from shardwise.names import layer_of
 from shardwise.plan import Plan
+from shardwise.spec import Rule
 from shardwise.testing import within_threads
 
 MOST_RANKS = 16
@@ -97,28 +98,15 @@ def _apart(reference: Reference, plan: Plan, parts: Sequence[Part], proof: Proof
     return [check(reference, only(plan, [part])) for part in parts]
 
 
-@plain_surroundings()
 def prove_rules(plan: Plan, model: nn.Module, edited: bool = False) -> None:
     """Show that the rules of a plan which its user wrote go together with the rest, before a weight is read. `edited` says
     that the user may have written them all.
 
-    Raises `PlanError` where they don't, as `prove` does. What can't be shown is taken as it is: plans with styles that the
-    user registered, or that deal experts to several replicas; for more than `MOST_RANKS` ranks; for a model that no config of
-    transformers makes, or whose inputs aren't known here; on ranks that are threads already.
+    Raises `PlanError` where they don't, as `prove` does. What can't be shown, says `try_out`, is taken as it is.
     """
-    rules = (*(row.rule for row in plan.tensors), *(row.rule for row in plan.modules))
-    written = {str(rule): rule for rule in rules if rule is not None and (edited or rule.source == "user")}
-    ours = all(rule.style in STYLES for rule in written.values())
-    if not written or not ours or plan.size > MOST_RANKS or plan.ep_size != plan.size or within_threads():
-        return
-    with small_chunks(model):
-        try:
-            tried = subject(model, None, _cuts(plan))
-            reference = Reference.of(tried)
-        except Exception:  # whatever a model's own code may raise on inputs that are not for it
-            return
-        proof = check(reference, _of_the_same(plan, model, tried.model))
-    if proof.problem is not None and not proof.late:
+    written = {str(rule): rule for rule in _rules(plan) if edited or rule.source == "user"}
+    proof = try_out(plan, model) if written else None
+    if proof is not None and proof.problem is not None:
         raise PlanError(
             describe(
                 f"The plan is wrong: {proof.problem}.",
@@ -131,6 +119,29 @@ def prove_rules(plan: Plan, model: nn.Module, edited: bool = False) -> None:
                 ],
             )
         )
+
+
+@plain_surroundings()
+def try_out(plan: Plan, model: nn.Module) -> Proof | None:
+    """The proof of a `plan` that its user has not asked for; None where there can be none: of plans with styles that the user
+    registered, or that deal experts to several replicas; for more than `MOST_RANKS` ranks; for a model that no config of
+    transformers makes, or whose inputs aren't known here; on ranks that are threads already; or where it takes too long.
+    """
+    ours = all(rule.style in STYLES for rule in _rules(plan))
+    if not ours or plan.size > MOST_RANKS or plan.ep_size != plan.size or within_threads():
+        return None
+    with small_chunks(model):
+        try:
+            tried = subject(model, None, _cuts(plan))
+            reference = Reference.of(tried)
+        except Exception:  # whatever a model's own code may raise on inputs that are not for it
+            return None
+        proof = check(reference, _of_the_same(plan, model, tried.model))
+    return None if proof.late else proof
+
+
+def _rules(plan: Plan) -> list[Rule]:
+    return [row.rule for row in (*plan.tensors, *plan.modules) if row.rule is not None]
 
 
 def _cuts(plan: Plan) -> dict[str, Hashable]:

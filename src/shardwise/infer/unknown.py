@@ -12,6 +12,7 @@ from torch import nn
 from shardwise.errors import PlanError, describe
 from shardwise.infer.choose import Inference
 from shardwise.infer.plan import infer
+from shardwise.infer.prove import try_out
 from shardwise.plan import Plan, wildcard
 from shardwise.spec import Rule
 
@@ -48,6 +49,24 @@ def plan_rest(model: nn.Module, size: int, rules: Sequence[Rule]) -> Plan:
     if right:
         return _said(model, found, f"brings a plan for a part of it: that for {_inferred(found.plan)} was inferred")
     return _said(model, found, "brings a plan for a part of it, which is wrong: another one was inferred from what it computes")
+
+
+def plan_brought(model: nn.Module, plan: Plan) -> Plan:
+    """`plan`, which a model brings that is none of transformers'; or one that is inferred, where that is wrong. The first
+    rank's log says so.
+
+    Raises `PlanError` where none can be inferred, or less than half of the model would be cut.
+    """
+    proof = try_out(plan, model)
+    if proof is None or proof.problem is None:
+        return plan
+    how = f"brings a plan that is wrong ({proof.problem}): another one was inferred from what it computes"
+    try:
+        found = _infer(model, plan.size)
+    except PlanError as error:
+        problem = f"The plan that {type(model).__name__} brings is wrong, and none can be inferred"
+        raise PlanError(f"{problem}: {proof.problem}. {error}") from error
+    return _said(model, found, how)
 
 
 def _infer_rest(model: nn.Module, size: int, rules: Sequence[Rule]) -> tuple[Inference, bool]:

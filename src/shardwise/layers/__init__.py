@@ -33,7 +33,7 @@ from shardwise.layers.base import (
     original_class,
     parallel_class,
 )
-from shardwise.layers.embedding import EmbeddingColwise, EmbeddingRowwise, EmbeddingStyle
+from shardwise.layers.embedding import EmbeddingColwise, EmbeddingRowwise, EmbeddingStyle, looks_up_what_it_is_given
 from shardwise.layers.experts import (
     ALIGNED,
     EpAllToAllExperts,
@@ -221,6 +221,7 @@ __all__ = [
     "is_product",
     "original_class",
     "parallel_class",
+    "looks_up_what_it_is_given",
     "stores_transposed",
     "sum_gradient",
 ]

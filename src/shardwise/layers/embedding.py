@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from shardwise.collectives import gather_from_tp, reduce_from_tp
 from shardwise.layers.base import Cut, Local, ParallelStyle
@@ -41,6 +47,8 @@ class EmbeddingRowwise(EmbeddingStyle):
             return "an embedding with max_norm renormalises rows that other ranks hold"
         if getattr(module, "scale_grad_by_freq", False):
             return "an embedding with scale_grad_by_freq counts ids, and a rank sees only its own"
+        if isinstance(module, nn.Embedding) and not looks_up_what_it_is_given(module):
+            return f"{type(module).__name__} looks up other rows than it is given the ids of"
         return super().refuses(module)
 
     @classmethod
@@ -56,6 +64,38 @@ class EmbeddingRowwise(EmbeddingStyle):
         ids, elsewhere = self._tp.own(input, "weight")
         rows = super().forward(ids.masked_fill(elsewhere, 0))
         return reduce_from_tp(rows.masked_fill(elsewhere.unsqueeze(-1), 0), self._tp.mesh)
+
+
+class _LookUps(TorchFunctionMode):
+    """Records the ids of rows that are looked up, and gives zeros for these."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ids: list[object] = []
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if function is not functional.embedding:
+            return function(*args, **(kwargs or {}))
+        ids, weight = (*args, *(kwargs or {}).values())[:2]
+        self.ids.append(ids)
+        return torch.zeros(*ids.shape, weight.shape[-1])
+
+
+def looks_up_what_it_is_given(module: nn.Embedding) -> bool:
+    """Whether `module` looks up the rows whose ids it is given. One with a forward of its own may add an offset to them, as
+    learned positions do.
+    """
+    if type(module).forward is nn.Embedding.forward:
+        return True
+    ids, seen = torch.tensor([[0, 1]], device="cpu"), _LookUps()
+    try:
+        with torch.no_grad(), seen:
+            type(module).forward(module, ids)
+    except Exception:  # its code asks for something else, or more, on which it may work
+        pass
+    return all(isinstance(found, Tensor) and found.tolist() == ids.tolist() for found in seen.ids)
 
 
 class EmbeddingColwise(EmbeddingStyle):
