@@ -74,7 +74,7 @@ def heads_of(module: nn.Module) -> Heads | None:
     query = _first_int(module, config, "num_attention_heads", "num_heads", "n_head", "n_heads")
     if query is None:
         return None
-    kv = _kv_from_width(module) or _kv_of_others(module, query)
+    kv = _kv_from_width(module) or _kv_of_others(module, query) or (query if _expands_latents(module) else None)
     kv = kv or _first_int(module, config, "num_key_value_heads", "num_kv_heads") or query
     return Heads(query, kv) if kv <= query and query % kv == 0 else None
 
@@ -92,6 +92,11 @@ def _kv_from_width(module: nn.Module) -> int | None:
         if isinstance(head_dim, int) and isinstance(width, int) and head_dim and width % head_dim == 0
         else None
     )
+
+
+def _expands_latents(module: nn.Module) -> bool:
+    """Whether each query head has keys and values of its own, made of a latent, whatever number of KV heads the config says."""
+    return "kv_b_proj" in module._modules and "k_proj" not in module._modules
 
 
 def _kv_of_others(module: nn.Module, query: int) -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -45,6 +45,7 @@ class Product:
         outputs: the dim that the result's features run over.
         input_fold: how they do the first.
         output_fold: how they do the other.
+        bias: the parameter that the same operator adds, of the length of all outputs.
     """
 
     weight: str
@@ -52,6 +53,7 @@ class Product:
     outputs: int
     input_fold: Fold = STRAIGHT
     output_fold: Fold = STRAIGHT
+    bias: str | None = field(default=None, compare=False)
 
 
 _DEVICE = Tensor.device.__get__
@@ -82,7 +84,9 @@ class Products(TorchFunctionMode):
         if operands is not None:
             x, weight = (argument(args, kwargs, where) for where in (operands.x, operands.weight))
             if isinstance(x, Tensor) and isinstance(weight, Tensor) and (found := self._product(weight, operands)) is not None:
-                return self._seen(Use(*found, x, weight, function, args, kwargs))
+                use = Use(*found, x, weight, function, args, kwargs)
+                bias = self._names.get(id(use.bias()))
+                return self._seen(replace(use, product=replace(use.product, bias=bias)) if bias is not None else use)
         if function == _DEVICE and args[0].is_meta:
             return torch.device("cpu")  # where code that asks wants to put what it makes
         weight = next((name for given in tensors((args, kwargs)) if given.is_meta and (name := self._name(given))), None)

@@ -166,6 +166,8 @@ class _Draft:
             else:
                 style, cut = self._styled(product, bare)
                 rules.append(Rule(name, style, "inferred", cut, reason=(SUMMED if whole else COMPUTED).format(count)))
+                if bare and product.bias is not None and product in island.producers:
+                    rules.append(replace(rules[-1], pattern=product.bias, style=packed("colwise", cut)))
         for name, (dim, _) in island.sliced.items():
             rules.append(replace(self._rule(name, style_along(self.model, name, dim)), cut=self.cut_of[name]))
         return rules + [summed(self.model, name, island) for name in island.shared]

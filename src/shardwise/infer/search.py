@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from shardwise.heads import heads_of
 from shardwise.infer.feeds import floats
+from shardwise.infer.lengths import Number, lengths, matrix_of, own_numbers
 from shardwise.infer.proposals import Proposal
 from shardwise.infer.simulate import Reference
 from shardwise.layout import local_numbers
@@ -34,10 +35,10 @@ _BIASES = ("alibi", "position_bias", "attention_mask")
 
 _COLWISE = ("colwise", "packed_colwise")
 
-Number = tuple[str, str]
-"""A number that code reads: a module's name, and the attribute (or "config.name") of it."""
-Counts = Literal["parts", "groups", "parts in a group"]
-"""What a number counts, or features of: parts, groups of them that share something, or how many share it."""
+Counts = Literal["parts", "groups", "parts in a group", "length"]
+"""What a number counts, or features of: parts, groups of them that share something, or how many share it; or how long the one
+matrix of its module is.
+"""
 Local = tuple[tuple[Number, Counts], ...]
 """Numbers that become local, those of all modules of one class alike."""
 
@@ -73,10 +74,12 @@ def patches(reference: Reference, proposal: Proposal, size: int) -> Iterator[Pat
         return
     module = reference.model.get_submodule(proposal.place)
     read, given = numbers_read(reference, proposal)
+    own = [*own_numbers(reference.model, proposal, read)]
+    known = {path for kinds in own for path, _ in kinds[0]}
     alike: dict[tuple[type[nn.Module], str], list[Number]] = {}
-    for path, name in read:
+    for path, name in (number for number in read if number[0] not in known):
         alike.setdefault((type(module.get_submodule(path)), name), []).append((path, name))
-    ways = _ways([(numbers, {read[number] for number in numbers}) for numbers in alike.values()], proposal, size)
+    ways = _ways([(numbers, {read[number] for number in numbers}) for numbers in alike.values()], own, proposal, size)
     yield from islice(
         (Patch(way, own_bias) for way in ways for own_bias in ((False, True) if given.biased else (False,))), MOST
     )
@@ -84,13 +87,18 @@ def patches(reference: Reference, proposal: Proposal, size: int) -> Iterator[Pat
         yield from (Patch(way, width=given.width) for way in ways[:MOST_WIDTHS])
 
 
-def _ways(read: Sequence[tuple[Sequence[Number], set[int]]], proposal: Proposal, size: int) -> list[Local]:
+def _ways(
+    read: Sequence[tuple[Sequence[Number], set[int]]], own: Sequence[list[list[Number]]], proposal: Proposal, size: int
+) -> list[Local]:
     """Which numbers may become local, and what they count then: none of them first, then the likeliest.
 
     Args:
         read: numbers of modules that are alike, and their values.
+        own: those that say how long the matrix of their module is, of each kind of such modules.
     """
     options: list[list[tuple[int, Local]]] = []
+    for ways in own:
+        options.append([(2, ()), *((0, tuple((number, "length") for number in numbers)) for numbers in ways)])
     for numbers, values in read:
         counted: dict[tuple[tuple[int, ...], ...], tuple[int, Local]] = {}
         for counts in _COUNTS:
@@ -224,7 +232,9 @@ def patched(model: nn.Module, proposals: Iterable[tuple[Proposal, Patch]], size:
             if place not in there:  # parts of the same kinds share a patch, and may call their modules by other names
                 continue
             value = int(attrgetter(name)(model.get_submodule(place)))
-            local.setdefault(place, {})[name] = _local(value, counts, proposal, size)
+            one = matrix_of(model, proposal, place) if counts == "length" else None
+            numbers = lengths(model, one, size) if one is not None else _local(value, counts, proposal, size)
+            local.setdefault(place, {})[name] = numbers
         for place, attributes in local.items():
             known = rules.get(place)
             style = patch.style if place == proposal.place and patch.style else known.style if known else "local_params"

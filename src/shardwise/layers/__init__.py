@@ -219,9 +219,9 @@ __all__ = [
     "is_parallel",
     "is_plain",
     "is_product",
+    "looks_up_what_it_is_given",
     "original_class",
     "parallel_class",
-    "looks_up_what_it_is_given",
     "stores_transposed",
     "sum_gradient",
 ]

@@ -104,7 +104,9 @@ class LocalMultihead(LocalParamsParallel):
         found: Tensor | None = None
         if mask is not None:
             found = _added(mask, q)
-            if found.dim() == 3:
+            if found.dim() == 3 and len(found) == len(q) * self.num_heads:  # made by this module's number, for local heads
+                found = found.unflatten(0, (-1, self.num_heads))
+            elif found.dim() == 3:
                 first, stop = Block(self._heads).bounds(self._tp.mesh.get_local_rank(), self._tp.mesh.size())
                 found = found.unflatten(0, (-1, self._heads))[:, first:stop]
             found = pad(found, (0, k.shape[2] - found.shape[-1]))
