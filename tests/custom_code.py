@@ -1,7 +1,7 @@
 """A model that is in no release of transformers: what the code of a repository looks like, loaded with `trust_remote_code`.
 
-Copied into a folder beside a config.json, so it imports nothing of this project. Options of its config choose what is written as
-some repositories write it: linear layers of their own, learned positions with an offset, a loss of the head's weight.
+Copied into a folder beside a config.json, so it imports nothing of this project. Options of its config choose what is written
+as some repositories write it: linear layers of their own, learned positions with an offset, a loss of the head's weight.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class CustomModel(CustomPreTrainedModel):
 
     def __init__(self, config: CustomConfig) -> None:
         super().__init__(config)
-        self.words = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.learned_positions:
             self.positions = LearnedPositions(config.positions + OFFSET, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
@@ -131,7 +131,7 @@ class CustomModel(CustomPreTrainedModel):
         mask = (torch.arange(past + len(places)) <= places[:, None])[None, None]
         if attention_mask is not None:
             mask = mask & attention_mask[:, None, None].bool()
-        x = self.words(input_ids)
+        x = self.embed_tokens(input_ids)
         x = x + self.positions(places) if self.config.learned_positions else x
         for layer in self.layers:
             x = layer(x, torch.zeros(mask.shape).masked_fill(~mask, -1e9), past_key_values)

@@ -1,4 +1,4 @@
-"""Models whose code lies beside their checkpoint (`trust_remote_code`): written as repositories write, and no release knows them."""
+"""Models whose code lies beside their checkpoint (`trust_remote_code`): written as repositories write, and in no release."""
 
 from __future__ import annotations
 

@@ -141,7 +141,8 @@ def try_out(plan: Plan, model: nn.Module) -> Proof | None:
 
 
 def _rules(plan: Plan) -> list[Rule]:
-    return [row.rule for row in (*plan.tensors, *plan.modules) if row.rule is not None]
+    rules = (*(row.rule for row in plan.tensors), *(row.rule for row in plan.modules))
+    return [rule for rule in rules if rule is not None]
 
 
 def _cuts(plan: Plan) -> dict[str, Hashable]:

@@ -70,8 +70,8 @@ class Trace(Products):
         leaf = self._perturbed(y.flatten(len(around_y))).requires_grad_()
         x = torch.einsum(f"{letters.x}->{around_x}{summed}", call.x).flatten(len(around_x))
         lengths = dict(zip(letters.weight, weight.shape, strict=True))
-        inner = [Fold(inner=prod(lengths[letter] for letter in side[1:])) for side in (summed, made)]
-        product = Product(self._names[id(weight)], letters.weight.index(summed[0]), letters.weight.index(made[0]), *inner)
+        into, out = (Fold(inner=prod(lengths[letter] for letter in side[1:])) for side in (summed, made))
+        product = Product(self._names[id(weight)], letters.weight.index(summed[0]), letters.weight.index(made[0]), into, out)
         self._calls.append(Call(product, x, leaf, 0, 0))
         as_made = leaf.clone().unflatten(-1, [lengths[letter] for letter in made])
         return torch.einsum(f"{around_y}{made}->{letters.output}", as_made)
