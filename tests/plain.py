@@ -119,6 +119,19 @@ class TorchAttention(nn.Module):
         return x + found + weights.mean((1, 2, 3))[None, :, None]
 
 
+class TorchAttentionByHeads(nn.Module):
+    """torch's own attention, with a mask that is repeated for as many heads as it says that it has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = torch.ones(len(x), x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        found: Tensor = self.inner(x, x, x, attn_mask=mask.repeat_interleave(self.inner.num_heads, 0), need_weights=False)[0]
+        return found
+
+
 class TorchLayers(nn.Module):
     """torch's own encoder, which in evaluation calls a fused kernel, and hands nested tensors on where there is padding."""
 
@@ -270,6 +283,7 @@ CASES = {
         lambda: GPT(lambda: GroupedAttention(8), Gated), "ids", (2, 9), 0.96, frozenset({"colwise", "rowwise"})
     ),
     "torch attention": Case(TorchAttention, "x", (9, 2, WIDTH), 0.95, frozenset({"local_multihead"})),
+    "torch attention by heads": Case(TorchAttentionByHeads, "x", (2, 9, WIDTH), 0.95, frozenset({"local_multihead"})),
     "torch layers": Case(TorchLayers, "x", (2, 9, WIDTH), 0.95, frozenset({"local_multihead"})),
     "stacked mixture": Case(StackedMixture, "x", (2, 9, WIDTH), 0.95, frozenset({"products"})),
     "listed": Case(Listed, "x", (2, 9, WIDTH), 0.95, frozenset({"products"})),

@@ -16,6 +16,7 @@ from transformers import dynamic_module_utils
 import custom_code
 import shardwise
 from custom_code import CustomConfig, CustomForCausalLM
+from shardwise.errors import PlanError
 from shardwise.hf import sample_feeds
 from shardwise.infer import cut_share
 from shardwise.plan import Plan
@@ -90,6 +91,13 @@ def test_exact(name, threads):
         for key, gradient in gradients.items():
             assert gradient is not None
             torch.testing.assert_close(local[key], plan[key].layout.shard(gradient, rank, size), rtol=1e-3, atol=1e-5)
+
+
+def test_positions_with_an_offset_are_refused():
+    """Guards: a rule of the user's for rows that are not those of the ids: each rank would look up the offset's in its own."""
+    model = made({"learned_positions": True})
+    with pytest.raises(PlanError, match="LearnedPositions looks up other rows than it is given the ids of"):
+        shardwise.plan(model, 2, {"model.positions": "embedding_rowwise"})
 
 
 def test_labels_are_tried_out():

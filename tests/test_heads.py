@@ -12,6 +12,7 @@ from torch import nn
 
 import shardwise
 from blocks import ATTENTION_PLAN, Attention
+from shardwise import tiny
 from shardwise.errors import PlanError
 from shardwise.heads import Heads, heads_of
 from shardwise.layout import Layout
@@ -130,3 +131,9 @@ def test_heads_that_cannot_be_dealt():
         "replicate",
     ):
         assert part in text
+
+
+def test_latent_attention_has_no_kv_heads():
+    """Guards: projections cut by a number of KV heads that multi-head latent attention does not have, or within a head."""
+    model = tiny.on_meta("deepseek_v3", num_attention_heads=5, num_key_value_heads=3)
+    assert heads_of(model.model.layers[0].self_attn) == Heads(5, 5)

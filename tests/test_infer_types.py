@@ -66,6 +66,12 @@ def test_other_heads_are_called_as_they_are(kind, name):
     assert body == set()
 
 
+def test_numbers_that_some_layers_lack():
+    """Guards: a number of one layer (a window) that is sought in another one, where it is None: inference ended in an error."""
+    layers = {"layer_types": ["hybrid_sliding", "hybrid"], "num_hidden_layers": 2}
+    assert infer(tiny.build("inkling_text", **layers), 2).proof
+
+
 def test_images_and_sounds_are_inputs():
     """Guards: a model of neither text nor ids that is refused; one whose parametrized modules have classes of their own."""
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}

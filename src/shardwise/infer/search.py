@@ -11,7 +11,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from inspect import signature
 from itertools import islice, product
-from operator import attrgetter
 from typing import Any, Literal
 
 import torch
@@ -231,7 +230,9 @@ def patched(model: nn.Module, proposals: Iterable[tuple[Proposal, Patch]], size:
             place = f"{proposal.place}.{path}".strip(".")
             if place not in there:  # parts of the same kinds share a patch, and may call their modules by other names
                 continue
-            value = int(attrgetter(name)(model.get_submodule(place)))
+            value = _read(model.get_submodule(place), name)
+            if value is None:  # as of a window that layers of another type have
+                continue
             one = matrix_of(model, proposal, place) if counts == "length" else None
             numbers = lengths(model, one, size) if one is not None else _local(value, counts, proposal, size)
             local.setdefault(place, {})[name] = numbers
@@ -258,3 +259,10 @@ def _norms_outside(model: nn.Module, proposals: Iterable[Proposal], rules: Mappi
             name = f"{place}.{child}"
             if "norm" in child and name not in rules and f"{name}.weight" not in rules and not norm._modules:
                 yield Rule(name, "replicate", "inferred", reason="what it normalises is whole")
+
+
+def _read(module: nn.Module, name: str) -> int | None:
+    value: Any = module
+    for part in name.split("."):
+        value = getattr(value, part, None)
+    return value if isinstance(value, int) else None
