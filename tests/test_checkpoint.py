@@ -74,16 +74,29 @@ def test_a_key_in_two_files_is_refused(tmp_path: Path) -> None:
 
 
 def test_checkpoints_that_are_not_there(tmp_path: Path) -> None:
-    """Guards: a directory of .bin files, or of nothing, reported as a missing key or a broken file."""
-    with pytest.raises(CheckpointError, match="no safetensors checkpoint"):
+    """Guards: a directory of nothing, or of the other format alone, reported as a missing key or a broken file."""
+    with pytest.raises(CheckpointError, match=r"there is no checkpoint.*\n.*pytorch_model\.bin"):
         find_checkpoint(tmp_path)
     (tmp_path / "pytorch_model.bin").touch()
-    with pytest.raises(CheckpointError, match=r"(?s)\.bin format.*save_pretrained"):
-        find_checkpoint(tmp_path)
-    with pytest.raises(CheckpointError, match="no safetensors checkpoint in part"):
+    with pytest.raises(CheckpointError, match=r"(?s)no checkpoint.*found +pytorch_model\.bin.*leave use_safetensors out"):
+        find_checkpoint(tmp_path, use_safetensors=True)
+    with pytest.raises(CheckpointError, match="no checkpoint in part"):
         find_checkpoint(tmp_path, subfolder="part")
     with pytest.raises(CheckpointError, match="neither a directory nor a model"):
         find_checkpoint(str(tmp_path / "lost"))
+
+
+def test_the_format_of_two_is_that_of_transformers(tmp_path: Path) -> None:
+    """Guards: old `.bin` files beside newer safetensors that are loaded in their place, or ones asked for that aren't."""
+    index = '{"weight_map": {"a": "1.bin"}}'
+    names = ["pytorch_model.bin.index.json", "pytorch_model.bin", "model.safetensors.index.json", "model.safetensors"]
+    (tmp_path / "1.bin").touch()
+    for name in names:  # from the one that comes last
+        (tmp_path / name).write_text(index)
+        expected = tmp_path / ("1.bin" if name.endswith(".json") else name)
+        assert find_checkpoint(tmp_path).files == (expected,)
+    assert find_checkpoint(tmp_path, use_safetensors=True).files == (tmp_path / "model.safetensors",)
+    assert find_checkpoint(tmp_path, use_safetensors=False).files == (tmp_path / "pytorch_model.bin",)
 
 
 def test_revision_subfolder_and_variant(tmp_path: Path) -> None:
@@ -98,7 +111,7 @@ def test_revision_subfolder_and_variant(tmp_path: Path) -> None:
     found = find_checkpoint("me/model", subfolder="part", revision="v2", variant="fp16", **options)
     assert found.files == (folder / "model.fp16.safetensors",)
     for other in ({"subfolder": "part", "revision": "v2"}, {"revision": "v2", "variant": "fp16"}, {"subfolder": "part"}):
-        with pytest.raises(CheckpointError, match="no safetensors checkpoint"):
+        with pytest.raises(CheckpointError, match="no checkpoint"):
             find_checkpoint("me/model", **options, **other)
 
 

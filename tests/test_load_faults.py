@@ -102,12 +102,6 @@ def configured(**values: object) -> Change:
     return change
 
 
-def as_bin(path: Path) -> None:
-    """In torch's own format."""
-    torch.save(load_file(path / "model.safetensors"), path / "pytorch_model.bin")
-    (path / "model.safetensors").unlink()
-
-
 def truncated(path: Path) -> None:
     """Without the second half."""
     file = path / "model.safetensors"
@@ -135,8 +129,7 @@ FAULTS: dict[str, tuple[str, Change, str]] = {
     "empty file": ("llama", lambda path: (path / "model.safetensors").write_bytes(b""), "the file is empty"),
     "lost file": ("several", lost_file, r"model-00001-of-\d+\.safetensors is missing.*index"),
     "quantized": ("llama", configured(quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}), "quantized"),
-    "only .bin": ("llama", as_bin, r"\.bin format.*pytorch_model\.bin"),
-    "no weights": ("llama", lambda path: (path / "model.safetensors").unlink(), "no safetensors checkpoint"),
+    "no weights": ("llama", lambda path: (path / "model.safetensors").unlink(), "there is no checkpoint"),
     "no directory": ("llama", shutil.rmtree, "changed"),
 }
 
@@ -274,7 +267,6 @@ def test_gaps_that_are_allowed_by_name(checkpoints, pool2, tmp_path):
 
 
 REFUSED = {
-    "use_safetensors": (False, "safetensors"),
     "device_map": (0, "its own device"),
     "quantization_config": ({"load_in_8bit": True}, "not quantized"),
     "gguf_file": ("model.gguf", "safetensors"),

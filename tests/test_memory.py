@@ -6,6 +6,7 @@ Anonymous memory only: pages of a mapped file are the system's to drop.
 from __future__ import annotations
 
 import ctypes
+import json
 import sys
 import threading
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ LLAMA = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 2,
 MIXTRAL = {"hidden_size": 512, "intermediate_size": 1792, "num_hidden_layers": 2, "vocab_size": 2000, "num_local_experts": 8}
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 # Of the largest tensor that is put together from several: a layer's gate and up matrices of all experts, in float32.
-CONVERSION = {"llama": 0, "mixtral": 8 * 2 * 1792 * 512 * 4}
+CONVERSION = {"llama": 0, "tied .bin": 0, "mixtral": 8 * 2 * 1792 * 512 * 4}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,19 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
             for number, parameter in enumerate(model.parameters()):
                 parameter.fill_(number / 100)
         model.save_pretrained(root / kind)
+        if kind == "llama":
+            _tie_in_one_bin(root / kind, root / "tied .bin")
     return {path.name: str(path) for path in root.iterdir()}
+
+
+def _tie_in_one_bin(path: Path, other: Path) -> None:
+    """The same weights in torch's format, the embedding and the head one tensor by two names."""
+    tensors = load_file(path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    other.mkdir()
+    torch.save(tensors, other / "pytorch_model.bin")
+    config = json.loads((path / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (other / "config.json").write_text(json.dumps(config))
 
 
 def anonymous() -> int:
@@ -103,14 +116,16 @@ def _load(path: str) -> tuple[int, int, int, int]:
     return found[0], held, stored, asked[0]
 
 
-@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+@pytest.mark.parametrize("kind", ["llama", "mixtral", "tied .bin"])
 def test_loading(kind, checkpoints, pool2):
     """Guards: a rank that reads or holds more than its part: the whole checkpoint, all experts of a layer, or copies.
 
-    Both ranks together ask for the checkpoint once, and for what is replicated twice.
+    What is tied is compared without being read. Both ranks together ask for the checkpoint once, and for what is replicated
+    twice.
     """
-    size = Path(checkpoints[kind], "model.safetensors").stat().st_size
-    assert size > 140 * MIB
+    (file,) = (*Path(checkpoints[kind]).glob("*.safetensors"), *Path(checkpoints[kind]).glob("*.bin"))
+    size = file.stat().st_size
+    assert size > 120 * MIB
     for grown, held, stored, asked in pool2.run(_load, checkpoints[kind]):
         assert 0.45 * size < held < 0.55 * size
         assert asked == stored

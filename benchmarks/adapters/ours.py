@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 import shardwise
 from benchmarks.adapters.base import Adapter
-from shardwise.checkpoint.open import FileSource
+from shardwise.checkpoint import FileSource
 from shardwise.mesh import tp_mesh
 from shardwise.testing.fake import fake_rank
 

@@ -18,7 +18,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import logging
 
 from shardwise.api import model_state, parallelize, same_everywhere
-from shardwise.checkpoint import CheckpointFiles, dequantized, find_checkpoint, fingerprint, open_checkpoint
+from shardwise.checkpoint import CheckpointFiles, dequantized, find_checkpoint, fingerprint, open_checkpoint, read_whole
 from shardwise.errors import PlanError, ShardwiseError, describe
 from shardwise.hf import (
     adapter_and_base,
@@ -52,7 +52,7 @@ _QUANTIZED = "weights are not quantized while they are loaded, and checkpoints t
 _REFUSED = {
     "device_map": _PLACED,
     "quantization_config": _QUANTIZED,
-    "gguf_file": "weights are read from safetensors files",
+    "gguf_file": "weights are read from safetensors or .bin files",
     "state_dict": "weights are read from files; shardwise.parallelize(model) takes a model that is in memory",
     "load_in_8bit": _QUANTIZED,
     "load_in_4bit": _QUANTIZED,
@@ -79,8 +79,8 @@ def from_pretrained(
 
     Args:
         auto_class: a transformers Auto class, or a concrete model class.
-        path_or_id: a directory with safetensors files, or a hub id; or one of an adapter of PEFT's, which is put into the model
-            that its config names.
+        path_or_id: a directory with safetensors files (or, without these, `.bin` files), or a hub id; or one of an adapter of
+            PEFT's, which is put into the model that its config names.
         tp_plan: `"auto"`, `"infer"`, a dict of pattern: style merged over the model's own plan, a `Plan`, or the path of a file
             that one was saved to. Without it, and without `tp_size` and `device_mesh`, the call is transformers' own.
         tp_size: ranks on the tp axis, by default all processes.
@@ -157,10 +157,8 @@ def _refuse_lone(overlap: bool, sequence_parallel: bool) -> None:
 
 def _refuse_other_ways(kwargs: dict[str, Any]) -> None:
     given = [name for name in _REFUSED if kwargs.get(name) is not None and kwargs[name] is not False]
-    if kwargs.pop("use_safetensors", None) is False:
-        given.append("use_safetensors")
     if given:
-        reasons = dict.fromkeys(_REFUSED.get(name, "only safetensors files are read in parts") for name in given)
+        reasons = dict.fromkeys(_REFUSED[name] for name in given)
         raise ShardwiseError(
             describe(
                 f"from_pretrained({', '.join(given)}=..., tp_plan=...) is not possible.",
@@ -201,6 +199,7 @@ class _Request:
         self.hub = {name: take(name) for name in _HUB_KEYWORDS if name in self.keywords}
         self.trust, self.variant = take("trust_remote_code", None), take("variant", None)
         self.dtype = take("dtype", None) or take("torch_dtype", None) or "auto"
+        self.use_safetensors = take("use_safetensors", None)
         self.generation_config = take("generation_config", None)
         self.wants_info = take("output_loading_info", False)
         self.loading_info: dict[str, Any] = {}
@@ -217,8 +216,9 @@ class _Request:
         model_class, config = resolve_model_class(
             self.auto_class, given, path_or_id=self.path, trust_remote_code=self.trust, **self.hub
         )
-        files = find_checkpoint(self.path, variant=self.variant, **self.hub)
+        files = find_checkpoint(self.path, variant=self.variant, use_safetensors=self.use_safetensors, **self.hub)
         tensors = _opened(files, quantized := quantization(given))
+        self._say_read_whole(model_class, read_whole(tensors))
         self.fingerprint = fingerprint(files)
         if quantized is not None:
             config = without_quantization(config)
@@ -236,6 +236,14 @@ class _Request:
         model.config.name_or_path = self.path
         _check_loaded(model)
         return model
+
+    def _say_read_whole(self, model_class: type[PreTrainedModel], names: list[str]) -> None:
+        if names and self.ep.get_local_rank() == 0:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            logging.get_logger(__name__).warning(
+                f"{model_class.__name__}: {names[0]}{more} can't be mapped into memory (torch before 1.6 wrote it, or it is "
+                "compressed), so each rank reads it whole. Saved again, with save_pretrained, each reads its part only."
+            )
 
     def _say_dequantized(self, model_class: type[PreTrainedModel], method: str) -> None:
         if self.ep.get_local_rank() == 0:

@@ -1,4 +1,4 @@
-"""Finding a checkpoint's safetensors files, and opening them without reading a weight.
+"""Finding a checkpoint's files, safetensors or `.bin`, and opening them without reading a weight.
 
 Every tensor becomes a `LazyTensor` over a memory mapping, so that reading a box touches only the pages that it lies on. What
 can be wrong with the files themselves is found when they are opened, from their headers.
@@ -6,7 +6,8 @@ can be wrong with the files themselves is found when they are opened, from their
 
 from shardwise.checkpoint.find import CheckpointFiles, find_checkpoint
 from shardwise.checkpoint.fingerprint import fingerprint
-from shardwise.checkpoint.open import FileSource, open_checkpoint
+from shardwise.checkpoint.open import open_checkpoint, read_whole
 from shardwise.checkpoint.quantized import dequantized
+from shardwise.checkpoint.source import FileSource
 
-__all__ = ["CheckpointFiles", "FileSource", "dequantized", "find_checkpoint", "fingerprint", "open_checkpoint"]
+__all__ = ["CheckpointFiles", "FileSource", "dequantized", "find_checkpoint", "fingerprint", "open_checkpoint", "read_whole"]

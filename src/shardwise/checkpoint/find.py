@@ -1,4 +1,4 @@
-"""Where a checkpoint's safetensors files lie: in a directory, or on the hub."""
+"""Where a checkpoint's files lie: in a directory, or on the hub."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shardwise.errors import CheckpointError, describe
 
 @dataclass(frozen=True, slots=True)
 class CheckpointFiles:
-    """Where a checkpoint lies: its safetensors files, and the index that says which keys each holds (None for one file)."""
+    """Where a checkpoint lies: its files, and the index that says which keys each holds (None for one file)."""
 
     files: tuple[Path, ...]
     index: Path | None = None
@@ -28,26 +28,30 @@ def find_checkpoint(
     subfolder: str = "",
     revision: str | None = None,
     variant: str | None = None,
+    use_safetensors: bool | None = None,
     **hub_kwargs: Any,
 ) -> CheckpointFiles:
-    """The safetensors files of a directory or of a model on the hub, which are downloaded into its cache where they aren't yet.
+    """The weights' files of a directory or of a model on the hub, which are downloaded into its cache where they aren't yet:
+    safetensors, and only where there are none `.bin` files.
 
     Args:
         variant: looks for `model.{variant}.safetensors`.
+        use_safetensors: True for no `.bin` files, False for these alone.
         hub_kwargs: `cache_dir`, `token`, `local_files_only`, `force_download`, `proxies`; for a model on the hub.
 
     Raises:
-        CheckpointError: there are none; only `.bin` files; or the index can't be read or names a file that isn't there.
+        CheckpointError: there are none; or the index can't be read or names a file that isn't there.
     """
     options = {name: value for name, value in {"revision": revision, **hub_kwargs}.items() if value is not None}
     where = _Place(str(path_or_id), subfolder, options)
     dot = f".{variant}" if variant else ""
-    single = where.file(f"model{dot}.safetensors")
-    if single is not None:
-        return CheckpointFiles((single,))
-    index = where.file(f"model.safetensors.index{dot}.json")
-    if index is None:
-        raise _not_found(where, dot)
+    wanted = _names(dot, use_safetensors)
+    found = next((file for name in wanted if (file := where.file(name)) is not None), None)
+    if found is None:
+        raise _not_found(where, wanted, _names(dot, None))
+    if found.suffix != ".json":
+        return CheckpointFiles((found,))
+    index = found
     files = []
     for name in sorted(set(weight_map_of(index).values())):
         file = where.file(name)
@@ -63,6 +67,13 @@ def find_checkpoint(
     return CheckpointFiles(tuple(files), index)
 
 
+def _names(dot: str, use_safetensors: bool | None) -> list[str]:
+    """What a checkpoint's file, or index of several, may be called: the first that is there is the one, as in transformers."""
+    safe = [f"model{dot}.safetensors", f"model.safetensors.index{dot}.json"]
+    torch = [f"pytorch_model{dot}.bin", f"pytorch_model.bin.index{dot}.json"]
+    return (safe if use_safetensors is not False else []) + (torch if not use_safetensors else [])
+
+
 def weight_map_of(index: Path) -> dict[str, str]:
     """The file of every key, as an index says. Raises CheckpointError where it can't be read."""
     try:
@@ -74,16 +85,23 @@ def weight_map_of(index: Path) -> dict[str, str]:
     return dict(weight_map)
 
 
-def broken(file: Path, problem: str, found: str) -> CheckpointError:
-    """The error for one file that can't be used."""
-    return CheckpointError(
-        describe(
-            f"{file.name}: {problem}.",
-            file=str(file),
-            found=found,
-            either=["download or copy the file again, or", "save the model again with save_pretrained"],
-        )
-    )
+def size_of(file: Path) -> int:
+    """The bytes of a file. Raises CheckpointError where there is none, it is empty, or git has not fetched it."""
+    if not file.is_file():
+        raise broken(file, "there is no such file", "missing")
+    size = file.stat().st_size
+    if not size:
+        raise broken(file, "the file is empty", "0 bytes")
+    with file.open("rb") as stream:
+        if stream.read(8) == b"version ":
+            raise broken(file, "this is not the file itself", "a git-lfs pointer: run `git lfs pull`")
+    return size
+
+
+def broken(file: Path, problem: str, found: str, *instead: str) -> CheckpointError:
+    """The error for one file that can't be used; `instead` are the ways out, by default to get the file again."""
+    ways = instead or ("download or copy the file again, or", "save the model again with save_pretrained")
+    return CheckpointError(describe(f"{file.name}: {problem}.", file=str(file), found=found, either=ways))
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,23 +134,15 @@ class _Place:
             ) from error
 
 
-def _not_found(where: _Place, dot: str) -> CheckpointError:
-    names = [f"model{dot}.safetensors", f"model.safetensors.index{dot}.json"]
-    for name in (f"pytorch_model{dot}.bin", f"pytorch_model.bin.index{dot}.json"):
-        if where.file(name) is not None:
-            return CheckpointError(
-                describe(
-                    f"{where.root}: the checkpoint is in the .bin format, which can't be read in parts.",
-                    found=name,
-                    wanted=" or ".join(names),
-                    convert="load it once with plain transformers, and save it with model.save_pretrained(directory)",
-                )
-            )
+def _not_found(where: _Place, wanted: list[str], known: list[str]) -> CheckpointError:
+    other = [name for name in known if name not in wanted and where.file(name) is not None]
+    way_out = ["leave use_safetensors out, or"] if other else ["correct the path, hub id, subfolder or variant, or"]
     return CheckpointError(
         describe(
-            f"{where.root}: there is no safetensors checkpoint" + (f" in {where.subfolder}." if where.subfolder else "."),
-            wanted=" or ".join(names),
+            f"{where.root}: there is no checkpoint" + (f" in {where.subfolder}." if where.subfolder else "."),
+            wanted=" or ".join(wanted),
+            **({"found": other} if other else {}),
             searched="the directory" if os.path.isdir(where.root) else "the hub, or its cache where the hub can't be reached",
-            either=["correct the path, hub id, subfolder or variant, or", "save the model there with save_pretrained"],
+            either=[*way_out, "save the model there with save_pretrained"],
         )
     )

@@ -106,6 +106,18 @@ def leaves(expr: Expr) -> Iterator[Source]:
                 yield from leaves(item)
 
 
+def same(first: object, second: object) -> bool:
+    """Whether two expressions are the same operations on the same sources, so that nothing has to be read to know it."""
+    if isinstance(first, Leaf) and isinstance(second, Leaf):
+        return first.source == second.source
+    if isinstance(first, Op) and isinstance(second, Op):
+        named = (tuple(first.kwargs.items()), tuple(second.kwargs.items()))
+        return (first.func, first.index) == (second.func, second.index) and same(first.args, second.args) and same(*named)
+    if isinstance(first, tuple | list) and isinstance(second, tuple | list):
+        return len(first) == len(second) and all(map(same, first, second))
+    return first is second if isinstance(first, Expr) or isinstance(second, Expr) else first == second
+
+
 def full_box(shape: Sequence[int]) -> Box:
     """The box that takes all of a tensor of `shape`."""
     return tuple((0, length) for length in shape)
