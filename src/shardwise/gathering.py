@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from shardwise.layers import gather_whole
 from shardwise.mesh import local_device, point_to_point_device
 from shardwise.model_state import ModelState, check_summed, plain_name, required_state, row_of, state_of
 from shardwise.rendezvous import meet
@@ -101,13 +102,7 @@ def gather_full(row: ShardSpec, local: Tensor, mesh: DeviceMesh) -> Tensor:
         return local
     if local.is_meta:
         return local.new_empty(row.shape)
-    rank, size = mesh.get_local_rank(), mesh.size()
-    shards = []
-    for source in range(size):
-        shard = local.detach().contiguous() if source == rank else local.new_empty(row.local_shape(source, size))
-        dist.broadcast(shard, group=mesh.get_group(), group_src=source)
-        shards.append(shard)
-    return row.layout.unshard(shards, row.shape)
+    return gather_whole(local.detach(), row.layout, row.shape, mesh)
 
 
 def gather_to_first(

@@ -14,20 +14,23 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from shardwise.adapters import PREFIXES, check_config, config_being_added, prefix_layouts, type_of
 from shardwise.errors import ShardwiseError, describe
 from shardwise.gathering import cut_full_tensors, gather_adapters
 from shardwise.hf import (
     AdaptersSeen,
     GeneratesTogether,
     attentions_are_asked_for,
+    cut_prefix,
     gather_attentions,
     load_adapter,
+    mark_as_part,
     save_adapter,
     streamed_together,
 )
 from shardwise.layers import ParallelStyle
 from shardwise.model_state import replicated, required_state
-from shardwise.parallelize import apply_adapters, let_weight_be_read
+from shardwise.parallelize import apply_adapters, end_reading, let_weight_be_read, let_weights_be_read
 from shardwise.random_state import same_random_state
 from shardwise.rendezvous import meet
 from shardwise.replicas import refuse_data_parallel
@@ -53,6 +56,14 @@ class ShardedModel(GeneratesTogether, ParallelStyle):
                 if state.lockstep.is_due(self.training, state.mesh):
                     given = dict(zip(names, args, strict=False)) | kwargs
                     state.lockstep.compare(self, state.mesh, given, replicated(self, state))
+            if (prefixes := self.__dict__.get("_prefixes")) is None:
+                return call(self, *args, **kwargs)
+            cut_prefix(kwargs.get("past_key_values"), prefixes, self._tp.mesh)
+            output = call(self, *args, **kwargs)
+            mark_as_part(getattr(output, "past_key_values", None))
+            return output
+
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             if not attentions_are_asked_for(self.config, kwargs):
                 return own(self, *args, **kwargs)
             as_tuple = kwargs.get("return_dict") is False
@@ -67,7 +78,33 @@ class ShardedModel(GeneratesTogether, ParallelStyle):
             let_weight_be_read(self.get_output_embeddings())  # type: ignore[operator]
         super().__setattr__(name, value)
 
+    def named_modules(self, *args: Any, **kwargs: Any) -> Any:
+        """As ever. PEFT asks for them before it adds an adapter: one that would be wrong is refused here, and nothing has been
+        changed. Raises `ShardwiseError` then.
+        """
+        config = None if torch.compiler.is_compiling() else config_being_added()
+        if config is not None and config is not self.__dict__.get("_coming"):
+            self.__dict__["_coming"] = config
+            self._prepare_for(config)
+        return super().named_modules(*args, **kwargs)
+
+    def _prepare_for(self, config: Any) -> None:
+        """Refuse the adapter of `config`, or let it have what it needs."""
+        state = required_state(self)
+        try:
+            check_config("default", config, state.plan)
+        except ShardwiseError:
+            del self.__dict__["_coming"]
+            raise
+        if type_of(config) in PREFIXES:
+            self.__dict__["_prefixes"] = prefix_layouts(state.plan)
+        if getattr(config, "use_dora", False):
+            let_weights_be_read(self)
+            self.__dict__["_reads_weights"] = True
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if "_reads_weights" in self.__dict__:  # PEFT raised before it was done
+            self._end_reading()
         if "peft_config" in self.__dict__ and not torch.compiler.is_compiling():
             self._settle_adapters()
         return super().__call__(*args, **kwargs)
@@ -87,6 +124,8 @@ class ShardedModel(GeneratesTogether, ParallelStyle):
     def peft_config(self, configs: dict[str, Any]) -> None:
         self.__dict__["peft_config"] = configs
         self.__dict__["_adapters"] = None
+        self.__dict__["_coming"] = None
+        self._end_reading()
         meet(required_state(self).ep, "adding an adapter")
         self._settle_adapters()
 
@@ -100,6 +139,10 @@ class ShardedModel(GeneratesTogether, ParallelStyle):
         if seen is None or not seen.holds(configs):
             apply_adapters(self, configs)
             self.__dict__["_adapters"] = AdaptersSeen(self, configs)
+
+    def _end_reading(self) -> None:
+        if self.__dict__.pop("_reads_weights", False):
+            end_reading(self)
 
     def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers' `load_adapter`, of an adapter on disk or a state dict of full tensors. Collective."""

@@ -26,6 +26,7 @@ from shardwise.layers import (
     Region,
     SequenceRowwise,
     ShardState,
+    WholeWeight,
     is_parallel,
     is_plain,
     is_product,
@@ -136,6 +137,28 @@ def let_weight_be_read(layer: Any) -> None:
     if issubclass(kind, ColwiseGatherOutput) and not issubclass(kind, ReadWhole) and is_parallel(layer):
         style, base, summed, between = vars(kind)["_recipe"]
         layer.__class__ = parallel_class(ReadWhole, base, summed, (style, *between))
+
+
+def let_weights_be_read(model: nn.Module) -> None:
+    """Let PEFT, which is about to make an adapter out of the layers' weights, have whole ones. See `WholeWeight`."""
+    for module in _layers(model):
+        state = module.__dict__.get("_tp")
+        layout, shape = state.layouts.get("weight", (None, ())) if state is not None else (None, ())
+        cut = layout is not None and len(shape) == 2 and layout.cut(shape) is not None and "weight" in module._parameters
+        if cut and not isinstance(module, WholeWeight):
+            module.__class__ = parallel_class(WholeWeight, type(module))
+
+
+def end_reading(model: nn.Module) -> None:
+    """Undo `let_weights_be_read`."""
+    for module in _layers(model):
+        if issubclass(type(module), WholeWeight):
+            module.__class__ = original_class(module)
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    # past `named_modules` of the model, which prepares it for adapters
+    return [module for child in model.children() for module in child.modules()]
 
 
 def take_adapters_out(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:

@@ -7,12 +7,23 @@ from typing import Any
 
 from torch import nn
 
-from shardwise.adapters.find import kind_of, ordinary_name, unwrapped, wrappers
+from shardwise.adapters.find import PROMPTS, kind_of, ordinary_name, type_of, unwrapped, wrappers
+from shardwise.adapters.prefix import PREFIXES, prefix_layouts
 from shardwise.errors import ShardwiseError, describe
 from shardwise.layers import stores_transposed
 from shardwise.plan import Plan
 
 _INITS = (True, False, "gaussian", "orthogonal")
+_REFUSED = (
+    "layer_replication",
+    "trainable_token_indices",
+    "megatron_config",
+    "velora_config",
+    "use_bdlora",
+    "kasa_config",
+    "monteclora_config",
+    "arrow_config",
+)
 
 
 def whole_as_planned(model: nn.Module, configs: Mapping[str, Any], plan: Plan) -> None:
@@ -20,7 +31,8 @@ def whole_as_planned(model: nn.Module, configs: Mapping[str, Any], plan: Plan) -
 
     Raises `ShardwiseError` for configs of adapters that would be wrong on a parallel model.
     """
-    _check_configs(configs)
+    for name, config in configs.items():
+        check_config(name, config, plan, changed=True)
     for name, wrapper in wrappers(model):
         base, row = unwrapped(wrapper), plan.get(f"{ordinary_name(name)}.weight")
         if kind_of(wrapper) != "lora" or not stores_transposed(base) or row is None or not row.sharded:
@@ -36,28 +48,48 @@ def whole_as_planned(model: nn.Module, configs: Mapping[str, Any], plan: Plan) -
                 part[adapter].requires_grad_(trains)
 
 
-def _check_configs(configs: Mapping[str, Any]) -> None:
-    for name, config in configs.items():
-        found = next(_config_problems(config), None)
-        if found is not None:
-            raise ShardwiseError(
-                describe(
-                    f"Adapter {name!r} is not possible on a parallel model: {found}.",
-                    note="the model has been changed by PEFT already: load it again",
-                    either=["leave that out, or", "add the adapter to the ordinary model, and train it in one process"],
-                )
+def check_config(name: str, config: Any, plan: Plan, changed: bool = False) -> None:
+    """Raise `ShardwiseError` for an adapter that would be wrong on a model that is parallel by `plan`.
+
+    Args:
+        name: the adapter's.
+        config: PEFT's.
+        changed: PEFT has put it into the model already.
+    """
+    found = next(_config_problems(config, plan), None)
+    if found is not None:
+        note = {"note": "the model has been changed by PEFT already: load it again"} if changed else {}
+        raise ShardwiseError(
+            describe(
+                f"Adapter {name!r} is not possible on a parallel model: {found}.",
+                **note,
+                either=[
+                    "plain LoRA, or DoRA, on linear layers, or",
+                    "add the adapter to the ordinary model, and train it in one process",
+                ],
             )
+        )
 
 
-def _config_problems(config: Any) -> Iterator[str]:
-    kind = str(getattr(config.peft_type, "value", config.peft_type))
+def _config_problems(config: Any, plan: Plan) -> Iterator[str]:
+    kind = type_of(config)
+    if kind in PROMPTS:
+        if getattr(config, "modules_to_save", None):
+            yield f"modules_to_save beside {kind}"
+        return
+    if kind in PREFIXES:
+        try:
+            prefix_layouts(plan)
+        except ShardwiseError as error:
+            yield f"it is of type {kind}, and {error}"
+        return
     if kind != "LORA":
         yield f"it is of type {kind}, not LORA"
         return
     init = getattr(config, "init_lora_weights", True)
     if init not in _INITS:
         yield f"init_lora_weights={init!r} works on whole weights, and changes them"
-    for field_name in ("layer_replication", "trainable_token_indices", "megatron_config"):
+    for field_name in _REFUSED:
         if getattr(config, field_name, None):
             yield f"{field_name} is set"
     if getattr(config, "target_modules_to_tie", None):

@@ -12,6 +12,9 @@ from transformers import PreTrainedModel
 from shardwise.errors import ShardwiseError, describe
 from shardwise.layers import is_parallel
 
+PROMPTS = ("PROMPT_TUNING", "P_TUNING", "CPT", "MULTITASK_PROMPT_TUNING")
+"""PEFT's types of adapters that are tokens in front of the others, outside of the model."""
+
 _WRAPPED = ("base_layer", "original_module")
 
 
@@ -26,6 +29,17 @@ def adapted_model(model: nn.Module) -> nn.Module:
     Raises `ShardwiseError` where PEFT has put something into it that does not become parallel afterwards.
     """
     inner: nn.Module = model.get_base_model() if _is_peft_model(model) else model  # type: ignore[operator]
+    for config in model.peft_config.values() if _is_peft_model(model) else ():  # type: ignore[operator]
+        if (kind := type_of(config)) not in ("LORA", *PROMPTS):
+            raise ShardwiseError(
+                describe(
+                    f"A model with an adapter of type {kind} cannot become parallel.",
+                    either=[
+                        "make the ordinary transformers model parallel, and add the adapter then, or",
+                        "plain LoRA on linear layers and embeddings",
+                    ],
+                )
+            )
     for name, wrapper in wrappers(inner):
         if kind_of(wrapper) not in ("lora", "experts") or not isinstance(inner, PreTrainedModel):
             raise ShardwiseError(
@@ -38,6 +52,11 @@ def adapted_model(model: nn.Module) -> nn.Module:
                 )
             )
     return inner
+
+
+def type_of(config: Any) -> str:
+    """PEFT's name for an adapter's type, "LORA"."""
+    return str(getattr(config.peft_type, "value", config.peft_type))
 
 
 def ordinary_name(name: str) -> str:

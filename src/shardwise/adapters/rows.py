@@ -16,6 +16,7 @@ from shardwise.layers import (
     EmbeddingStyle,
     ExpertAdapter,
     LocalDropout,
+    LocalMagnitude,
     MlaKvAProjGatherOutput,
     MlaKvAProjParallel,
     MoeExpertsParallel,
@@ -26,6 +27,7 @@ from shardwise.layers import (
     RowwiseParallel,
     RowwiseScatterOutput,
     RowwiseSplitInput,
+    SummedMagnitude,
     WholeEmbeddingAdapter,
     is_parallel,
     stores_transposed,
@@ -33,6 +35,8 @@ from shardwise.layers import (
 from shardwise.layout import Layout, Packed, Replicated, Sharded
 from shardwise.plan import Plan
 from shardwise.spec import ModuleSpec, ShardSpec, sums_gradient
+
+_VARIANTS = ("DoraLinearVariant", "ALoraLinearVariant")
 
 
 def adapter_plan(model: nn.Module, plan: Plan) -> Plan:
@@ -116,7 +120,8 @@ class _Layer:
         if self.spec is not None and self.spec.axis == "ep":
             raise self.refused("the layer belongs to an expert that other ranks don't have")
         for adapter, variant in self.wrapper.lora_variant.items():
-            raise self.refused(f"adapter {adapter!r} is a {type(variant).__name__}, which needs the whole weight")
+            if type(variant).__name__ not in _VARIANTS:
+                raise self.refused(f"adapter {adapter!r} is a {type(variant).__name__}")
 
     def add_to(self, found: _Found) -> None:
         """The rows of each adapter in this layer."""
@@ -134,6 +139,24 @@ class _Layer:
                 local = first in (RowwiseParallel, RowwiseInner)
                 dropout = LocalDropout if local else CommonDropout
                 found.modules.append(ModuleSpec(f"{self.name}.lora_dropout.{adapter}", dropout, region=not local))
+        for adapter, magnitude in self.wrapper.lora_magnitude_vector.items():
+            self._add_magnitude(found, adapter, magnitude.weight, style)
+
+    def _add_magnitude(self, found: _Found, adapter: str, tensor: Tensor, style: type[ParallelStyle]) -> None:
+        """DoRA's magnitudes, one for each output."""
+        name, row = f"{self.name}.lora_magnitude_vector.{adapter}", self.weight
+        rowwise, whole = issubclass(style, RowwiseParallel), style is Replicate
+        gathers = issubclass(style, ColwiseGatherOutput | MlaKvAProjGatherOutput | MlaKvAProjParallel | RowwiseInner)
+        if gathers or not (rowwise or whole or issubclass(style, ColwiseParallel)) or (whole and self._partial()):
+            raise self.refused(f"DoRA around a layer of style {style.__name__}")
+        layout: Layout = Replicated()
+        if row is not None and not rowwise and row.layout.cut(row.shape) is not None:
+            assert isinstance(row.layout, Sharded | Packed)
+            layout = replace(row.layout, dim=0)
+        shape = (self._full_shape("lora_B", tensor)[0],)
+        found.tensors.append(ShardSpec(f"{name}.weight", shape, tensor.dtype, layout, self._partial() and not rowwise))
+        if not whole:
+            found.modules.append(ModuleSpec(name, SummedMagnitude if rowwise else LocalMagnitude))
 
     def _styles(self, style: type[ParallelStyle]) -> tuple[type[ParallelStyle] | None, type[ParallelStyle] | None]:
         """Of A and of B, for the style of the base; None where the module stays as it is."""

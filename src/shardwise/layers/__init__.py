@@ -20,7 +20,14 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
-from shardwise.layers.adapters import CommonDropout, ExpertAdapter, LocalDropout, WholeEmbeddingAdapter
+from shardwise.layers.adapters import (
+    CommonDropout,
+    ExpertAdapter,
+    LocalDropout,
+    LocalMagnitude,
+    SummedMagnitude,
+    WholeEmbeddingAdapter,
+)
 from shardwise.layers.alibi import LocalHeadBias
 from shardwise.layers.base import (
     Axis,
@@ -91,6 +98,7 @@ from shardwise.layers.sequence import (
 from shardwise.layers.sparse import BlockHeads, SwitchedAttention
 from shardwise.layers.stacked import BareProducts, StackedColwise, StackedRowwise
 from shardwise.layers.traced import Facts
+from shardwise.layers.whole import WholeWeight, gather_whole
 from shardwise.layers.width import ColwiseWholeInput, LocalWidth
 
 STYLES: MappingProxyType[str, type[ParallelStyle]] = MappingProxyType(
@@ -175,6 +183,7 @@ __all__ = [
     "LocalDropout",
     "LocalHeadBias",
     "LocalHeadState",
+    "LocalMagnitude",
     "LocalMixer",
     "LocalMultihead",
     "LocalParamsParallel",
@@ -213,9 +222,12 @@ __all__ = [
     "StackedColwise",
     "StackedRowwise",
     "Stream",
+    "SummedMagnitude",
     "SwitchedAttention",
     "UnfusedMixer",
     "WholeEmbeddingAdapter",
+    "WholeWeight",
+    "gather_whole",
     "is_parallel",
     "is_plain",
     "is_product",

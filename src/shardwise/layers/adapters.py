@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
+from shardwise.collectives import reduce_from_tp
 from shardwise.layers.base import ParallelStyle, is_parallel
 from shardwise.layers.region import local_random_stream
 
@@ -64,6 +65,43 @@ class WholeEmbeddingAdapter(ParallelStyle):
         layout, _ = state.layouts["weight"]
         delta: Tensor = super().get_delta_weight(adapter)  # type: ignore[misc]
         return layout.shard(delta, state.mesh.get_local_rank(), state.mesh.size())  # type: ignore[no-any-return]
+
+
+class LocalMagnitude(ParallelStyle):
+    """DoRA's magnitudes around a column-wise layer: each rank has those of its outputs.  X I, Y S(-1) -> Y S(-1).
+
+        Y = m * (W + BA scaling) X / |W + BA scaling|, row by row                    Liu et al. 2024, arXiv:2402.09353
+
+    The norm is no part of the gradient, as in PEFT.
+    """
+
+    prefix = "Local"
+
+    def forward(self, x: Tensor, *, base_layer: Any, base_result: Tensor | None = None, **keywords: Any) -> Tensor:
+        # PEFT multiplies by the base's weight itself where dropout makes another input of x.
+        result = base_layer(x) if base_result is None else base_result
+        output: Tensor = super().forward(x, base_layer=base_layer, base_result=result, **keywords)
+        return output
+
+    def get_lora_weight(self, lora_A: Any, lora_B: Any, adapter_name: str | None = None) -> Tensor:
+        """B A, as long as this rank's part of the base's weight; PEFT sends the unit matrix through both."""
+        product: Tensor = lora_B.weight @ lora_A.weight
+        return product
+
+
+class SummedMagnitude(LocalMagnitude):
+    """DoRA's magnitudes around a row-wise layer: whole, and the norm of a row is that of all ranks' parts of it.
+    X S(-1), Y I -> Y I.
+    """
+
+    prefix = "Summed"
+
+    def get_weight_norm(self, weight: Tensor, lora_weight: Tensor, scaling: float, adapter_name: str | None = None) -> Tensor:
+        """The norm of each row of the whole weight, (out,), in the weight's dtype, computed in float32. Collective."""
+        weight = (weight.T if self.fan_in_fan_out else weight) + scaling * lora_weight
+        with torch.no_grad():
+            squares = weight.float().square().sum(1)
+            return reduce_from_tp(squares, self._tp.mesh).sqrt().to(weight.dtype)
 
 
 class ExpertAdapter(ParallelStyle):

@@ -1,0 +1,30 @@
+"""The adapter that PEFT is about to add, before it has changed anything."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+_CALLERS = ("inject_adapter", "add_adapter")
+_DEPTH = 8  # frames of torch's and PEFT's own between such a call and its question for the model's layers
+
+
+def config_being_added() -> Any:
+    """The config of the adapter that PEFT is adding to the model whose layers it asks for now; None where it is not adding one.
+
+    PEFT tells nobody before it is done, so this is taken from the frames of its calls. Where these ever change, what is said
+    here is said after the fact (see `whole_as_planned`).
+    """
+    if "peft" not in sys.modules:
+        return None
+    from peft import PeftConfig
+
+    frame = sys._getframe(2)
+    for _ in range(_DEPTH):
+        if frame.f_code.co_name in _CALLERS and str(frame.f_globals.get("__name__", "")).startswith("peft."):
+            found = (frame.f_locals.get(name) for name in ("peft_config", "config"))
+            return next((config for config in found if isinstance(config, PeftConfig)), None)
+        if frame.f_back is None:
+            return None
+        frame = frame.f_back
+    return None
