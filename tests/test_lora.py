@@ -36,6 +36,8 @@ GPT2 |= {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "bos_token_id
         ("qwen2", {"use_rslora": True, "lora_bias": True, "bias": "all", "target_modules": ["q_proj", "v_proj"]}),
         ("gemma2", {"modules_to_save": ["o_proj"], "target_modules": ["q_proj", "k_proj", "down_proj"]}),
         ("phi3", {"target_modules": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]}),
+        ("phi3", {"target_modules": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"], "use_dora": True}),
+        ("qwen2", {"use_dora": True, "lora_dropout": 1e-9, "bias": "all"}),  # that drops nothing, but goes another way
         ("deepseek_v3", {"target_modules": "all-linear"}),
         ("qwen3_moe", {"target_modules": "all-linear"}),
         ("gpt_oss", {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}),
@@ -51,12 +53,13 @@ def test_adapter_of_two_ranks_is_that_of_one_process(pool2, tmp_path_factory, na
     compare(pool2.run(measure_sharded, path, folder), measure(plain(path, folder)))
 
 
-def test_adapter_of_four_ranks_that_share_kv_heads(pool4, tmp_path_factory):
+@pytest.mark.parametrize("dora", [False, True])
+def test_adapter_of_four_ranks_that_share_kv_heads(dora, pool4, tmp_path_factory):
     """Guards: B of a shared KV head, whose gradient each of its ranks has a part of, and of which only one may count in the
-    norm.
+    norm; and so DoRA's magnitudes.
     """
     path = checkpoint(tmp_path_factory, "llama")
-    folder = adapter(path, tmp_path_factory.mktemp("adapter"))
+    folder = adapter(path, tmp_path_factory.mktemp("adapter"), use_dora=dora)
     compare(pool4.run(measure_sharded, path, folder), measure(plain(path, folder)))
 
 
@@ -87,12 +90,13 @@ def test_padding_id_of_an_adapted_embedding(pool2, tmp_path_factory):
 # --- files ---
 
 
-def test_adapter_of_conv1d(pool2, tmp_path_factory):
+@pytest.mark.parametrize("dora", [False, True])
+def test_adapter_of_conv1d(dora, pool2, tmp_path_factory):
     """Guards: an adapter around a layer that keeps its weight transposed, of which PEFT reads the local width."""
     path = tmp_path_factory.mktemp("gpt2")
     torch.manual_seed(0)
     GPT2LMHeadModel(GPT2Config(**GPT2)).save_pretrained(path)
-    changes = {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}
+    changes = {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True, "use_dora": dora}
     folder = adapter(path, tmp_path_factory.mktemp("adapter"), **changes)
     compare(pool2.run(measure_sharded, path, folder), measure(plain(path, folder)))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-import peft
 import pytest
 import torch
 import torch.distributed as dist
@@ -51,6 +50,7 @@ def save(path: Path, folder: Path, out: Path) -> None:
         ("llama", {"target_modules": EVERYTHING}),
         ("qwen2", {"target_modules": LINEARS, "bias": "all"}),
         ("qwen3_moe", {"target_modules": "all-linear"}),
+        ("phi3", {"target_modules": ["qkv_proj", "down_proj"], "use_dora": True}),
     ],
 )
 def test_saved_adapter_is_the_ordinary_one(name, changes, pool2, tmp_path_factory):
@@ -173,11 +173,11 @@ def test_every_way_to_add_an_adapter(pool2, tmp_path_factory):
         assert gradient_error({name: grad for name, grad in grads.items() if ".other." not in name}, wanted) < 1e-3
 
 
-def fresh_adapters(path: Path, seed: int, targets: list[str]) -> tuple[dict[str, Tensor] | None, str]:
+def fresh_adapters(path: Path, seed: int, targets: list[str], dora: bool) -> tuple[dict[str, Tensor] | None, str]:
     """On a rank, whose seed is another one than the first rank's."""
     inner = load(path)
     torch.manual_seed(seed + dist.get_rank())
-    get_peft_model(inner, lora(target_modules=targets))
+    get_peft_model(inner, lora(target_modules=targets, use_dora=dora))
     text = repr(inner.base_model.get_submodule("layers.0.self_attn.o_proj")) if "o_proj" in targets else ""
     full = shardwise.full_state_dict(inner)
     shardwise.unparallelize(inner)
@@ -187,17 +187,24 @@ def fresh_adapters(path: Path, seed: int, targets: list[str]) -> tuple[dict[str,
 
 
 @pytest.mark.parametrize(
-    ("name", "targets"), [("llama", LINEARS), ("gpt2", ["c_attn", "c_proj"]), ("qwen3_moe", ["o_proj", "gate_proj", "up_proj"])]
+    ("name", "targets", "dora"),
+    [
+        ("llama", LINEARS, False),
+        ("gpt2", ["c_attn", "c_proj"], False),
+        ("qwen3_moe", ["o_proj", "gate_proj", "up_proj"], False),
+        ("llama", LINEARS, True),
+        ("gpt2", ["c_attn", "c_proj"], True),
+    ],
 )
-def test_new_adapter_is_that_of_one_process(name, targets, pool2, tmp_path_factory):
+def test_new_adapter_is_that_of_one_process(name, targets, dora, pool2, tmp_path_factory):
     """Guards: a row-wise A drawn at its local width (of another variance than the layer's), the same for every rank; replicas
     that start out different; and layers of which PEFT takes the width from a rank's part of the weight.
     """
     path = checkpoint(tmp_path_factory, name)
     reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     torch.manual_seed(3)
-    get_peft_model(reference, lora(target_modules=targets))
-    full, text = pool2.run(fresh_adapters, path, 3, targets)[0]
+    get_peft_model(reference, lora(target_modules=targets, use_dora=dora))
+    full, text = pool2.run(fresh_adapters, path, 3, targets, dora)[0]
     assert full.keys() == reference.state_dict().keys()
     # a row-wise A is not sent: each rank keeps its part of what it drew
     same = [name for name, tensor in reference.state_dict().items() if torch.equal(full[name], tensor)]
@@ -205,69 +212,7 @@ def test_new_adapter_is_that_of_one_process(name, targets, pool2, tmp_path_facto
     assert name == "gpt2" or "(default): RowwiseLinear(in_features=32 of 64, out_features=3, bias=False, tp=2)" in text
 
 
-def prompted(model: nn.Module) -> tuple[Tensor, Tensor]:
-    """Logits, and the gradient of virtual tokens in front of the words."""
-    torch.manual_seed(3)
-    wrapped = get_peft_model(model, peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
-    ids = batches()[0].input_ids
-    output = wrapped(input_ids=ids, labels=ids)
-    output.loss.backward()
-    return output.logits.detach(), wrapped.prompt_encoder["default"].embedding.weight.grad
-
-
-def prompted_sharded(path: Path) -> tuple[Tensor, Tensor]:
-    """On a rank."""
-    return prompted(load(path))
-
-
-def test_virtual_tokens(pool2, tmp_path_factory):
-    """Guards: word embeddings that PEFT does not find, since it looks for a parameter as long as the vocabulary."""
-    path = checkpoint(tmp_path_factory, "llama")
-    wanted = prompted(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32))
-    for found in pool2.run(prompted_sharded, path):
-        torch.testing.assert_close(found, wanted, atol=2e-4, rtol=1e-3)
-
-
-# --- what is refused ---
-
-
-def refusals(path: Path) -> dict[str, str]:
-    """On a rank: what each of these says."""
-    tries = {
-        "pissa": lora(init_lora_weights="pissa"),
-        "tied": lora(target_modules=["embed_tokens"], ensure_weight_tying=True),
-        "ia3": peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
-        "parameters": lora(target_modules=[], target_parameters=["self_attn.q_proj.weight"]),
-        "tokens": lora(trainable_token_indices=[1, 2]),
-    }
-    found = {}
-    for name, config in tries.items():
-        model = load(path, **({"tie_word_embeddings": True} if name == "tied" else {}))
-        with pytest.raises(ShardwiseError) as error:
-            get_peft_model(model, config)
-        found[name] = str(error.value)
-        with pytest.raises(ShardwiseError):  # also for who goes on all the same
-            model(input_ids=batches()[0].input_ids)
-    with pytest.raises(RuntimeError, match="size of tensor"):  # PEFT's own, about a norm that needs the whole weight
-        get_peft_model(load(path), lora(use_dora=True))
-    model = load(path, sequence_parallel=True)
-    with pytest.raises(ShardwiseError) as error:
-        get_peft_model(model, lora())
-    return found | {"sequence": str(error.value)}
-
-
-def test_adapters_that_would_be_wrong_are_refused(pool2, tmp_path_factory):
-    """Guards: norms, decompositions and element-wise factors of one rank's part of a weight, which have the right shapes."""
-    found = pool2.run(refusals, checkpoint(tmp_path_factory, "llama"))[0]
-    for name, words in {
-        "pissa": "init_lora_weights='pissa'",
-        "tied": "ensure_weight_tying",
-        "ia3": "type IA3, not LORA",
-        "parameters": "is no stack of experts",
-        "tokens": "trainable_token_indices",
-        "sequence": "sequence_parallel",
-    }.items():
-        assert words in found[name]
+# --- sums of adapters ---
 
 
 def weighted(path: Path, first: Path, second: Path) -> tuple[Tensor, str]:

@@ -95,6 +95,8 @@ class ShardedModel(GeneratesTogether, ParallelStyle):
             check_config("default", config, state.plan)
         except ShardwiseError:
             del self.__dict__["_coming"]
+            if "peft_config" not in self.__dict__:
+                self._hf_peft_config_loaded = False  # which transformers' own add_adapter says beforehand
             raise
         if type_of(config) in PREFIXES:
             self.__dict__["_prefixes"] = prefix_layouts(state.plan)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+from types import FrameType
 from typing import Any
 
-_CALLERS = ("inject_adapter", "add_adapter")
+_CALLERS = ("get_peft_model", "inject_adapter", "add_adapter")
 _DEPTH = 8  # frames of torch's and PEFT's own between such a call and its question for the model's layers
 
 
@@ -19,12 +20,14 @@ def config_being_added() -> Any:
         return None
     from peft import PeftConfig
 
-    frame = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(2)
     for _ in range(_DEPTH):
-        if frame.f_code.co_name in _CALLERS and str(frame.f_globals.get("__name__", "")).startswith("peft."):
-            found = (frame.f_locals.get(name) for name in ("peft_config", "config"))
-            return next((config for config in found if isinstance(config, PeftConfig)), None)
-        if frame.f_back is None:
+        if frame is None:
             return None
+        if frame.f_code.co_name in _CALLERS and str(frame.f_globals.get("__name__", "")).startswith("peft."):
+            given = frame.f_locals
+            of_tuner = getattr(given.get("self"), "peft_config", {}) if frame.f_code.co_name == "inject_adapter" else {}
+            found = (given.get("peft_config"), given.get("config"), of_tuner.get(given.get("adapter_name")))
+            return next((config for config in found if isinstance(config, PeftConfig)), None)
         frame = frame.f_back
     return None
