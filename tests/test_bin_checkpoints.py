@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -21,9 +22,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import shardwise
 from llamas import TINY
 from shardwise.checkpoint import open_checkpoint, read_whole
-from shardwise.errors import CheckpointError, ShardwiseError
+from shardwise.errors import CheckpointError, MismatchError, ShardwiseError
 from shardwise.lazy import read
 
+IDS = torch.arange(3, 27).view(2, 12)
 MODELS: dict[str, dict[str, object]] = {
     "llama": {"tie_word_embeddings": True},
     "phi3": {},
@@ -264,3 +266,33 @@ def test_faults(fault, checkpoints, pool2, tmp_path):
         first, second = pool2.run(_attempt, [str(checkpoints / kind), str(path)], {}, timeout=30.0)
         assert (first[0], second[0]) == ("MismatchError", "CheckpointError")
         assert "failed on rank 1" in first[1]
+
+
+# --- adapters ---
+
+
+def _with_adapter(paths: list[str], folder: Path, broken: Path) -> tuple[Tensor, str]:
+    """On a rank: logits with an adapter, and what a file says that the second rank can't read."""
+    model = shardwise.AutoModelForCausalLM.from_pretrained(paths[0], tp_plan="auto", dtype=torch.float32)
+    model.load_adapter(folder)
+    with torch.no_grad():
+        logits = model(IDS).logits
+    with pytest.raises((MismatchError, RuntimeError, OSError)) as error:
+        model.load_adapter(broken if dist.get_rank() else folder, "other")
+    return logits, type(error.value).__name__
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT asks by the old name
+def test_adapters_in_torchs_format(checkpoints, pool2, tmp_path):
+    """Guards: an adapter_model.bin that is not found, or that one rank can't read while the other waits for it."""
+    base = AutoModelForCausalLM.from_pretrained(checkpoints / "llama-one", dtype=torch.float32)
+    model = get_peft_model(base, LoraConfig(r=3, target_modules=["q_proj", "o_proj"], init_lora_weights=False))
+    with torch.no_grad():
+        expected = model(IDS).logits
+    model.save_pretrained(tmp_path / "good", safe_serialization=False)
+    shutil.copytree(tmp_path / "good", tmp_path / "broken")
+    file = tmp_path / "broken" / "adapter_model.bin"
+    file.write_bytes(file.read_bytes()[:-100])
+    results = pool2.run(_with_adapter, [str(checkpoints / "llama-one")], tmp_path / "good", tmp_path / "broken", timeout=30.0)
+    assert all((logits - expected).abs().max() < 1e-5 for logits, _ in results)
+    assert results[0][1] == "MismatchError" != results[1][1]

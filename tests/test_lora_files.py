@@ -122,7 +122,7 @@ def test_saving_on_one_rank_raises(pool2, tmp_path_factory):
 # --- ways in ---
 
 
-def ways_in(path: Path, folder: Path) -> list[tuple[Tensor, dict[str, Tensor] | None]]:
+def ways_in(path: Path, folder: Path, dora: bool) -> list[tuple[Tensor, dict[str, Tensor] | None]]:
     """On a rank: logits and gradients with the same adapter, put in by every way there is."""
 
     def by_parallelize(inside: bool) -> nn.Module:
@@ -142,7 +142,7 @@ def ways_in(path: Path, folder: Path) -> list[tuple[Tensor, dict[str, Tensor] | 
         return model
 
     def by_second() -> nn.Module:
-        model = get_peft_model(load(path), lora(target_modules=["q_proj", "down_proj"]), "other")
+        model = get_peft_model(load(path), lora(target_modules=["q_proj", "down_proj"], use_dora=dora), "other")
         model.load_adapter(folder, "default", is_trainable=True)  # on layers that have an adapter, and on others
         model.set_adapter("default")
         return model
@@ -151,7 +151,7 @@ def ways_in(path: Path, folder: Path) -> list[tuple[Tensor, dict[str, Tensor] | 
         return PeftModel.from_pretrained(load(path), folder, is_trainable=True, low_cpu_mem_usage=True)
 
     found, ways = [], [lambda: by_parallelize(False), lambda: by_parallelize(True), by_transformers, by_second, by_meta]
-    for way in (*ways, by_other_styles):
+    for way in (*ways, *([] if dora else [by_other_styles])):
         model = way().train()
         inner = model.get_base_model() if isinstance(model, PeftModel) else model
         batches()[1].loss(model).backward()
@@ -159,16 +159,17 @@ def ways_in(path: Path, folder: Path) -> list[tuple[Tensor, dict[str, Tensor] | 
     return found
 
 
-def test_every_way_to_add_an_adapter(pool2, tmp_path_factory):
+@pytest.mark.parametrize("dora", [False, True])
+def test_every_way_to_add_an_adapter(dora, pool2, tmp_path_factory):
     """Guards: an adapter that one of the ways leaves as it was: second ones, ones that were there before the model became
     parallel, ones of transformers' own methods.
     """
     path = checkpoint(tmp_path_factory, "llama")
-    folder = adapter(path, tmp_path_factory.mktemp("adapter"))
+    folder = adapter(path, tmp_path_factory.mktemp("adapter"), use_dora=dora)
     reference = plain(path, folder)
     batches()[1].loss(reference).backward()
     wanted, logits = gradients(reference.get_base_model()), logits_of(reference)
-    for found, grads in pool2.run(ways_in, path, folder)[0]:
+    for found, grads in pool2.run(ways_in, path, folder, dora)[0]:
         torch.testing.assert_close(found, logits, atol=2e-4, rtol=1e-4)
         assert gradient_error({name: grad for name, grad in grads.items() if ".other." not in name}, wanted) < 1e-3
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from shardwise.adapters import PREFIXES, check_config, config_being_added, prefix_layouts, type_of
+from shardwise.adapters import PREFIXES, PROMPTS, check_config, config_being_added, prefix_layouts, type_of
 from shardwise.errors import ShardwiseError, describe
 from shardwise.gathering import cut_full_tensors, gather_adapters
 from shardwise.hf import (
@@ -82,25 +82,30 @@ class ShardedModel(GeneratesTogether, ParallelStyle):
         """As ever. PEFT asks for them before it adds an adapter: one that would be wrong is refused here, and nothing has been
         changed. Raises `ShardwiseError` then.
         """
-        config = None if torch.compiler.is_compiling() else config_being_added()
-        if config is not None and config is not self.__dict__.get("_coming"):
-            self.__dict__["_coming"] = config
-            self._prepare_for(config)
+        if not torch.compiler.is_compiling():
+            config, makes_layers = config_being_added()
+            before, made_layers = self.__dict__.get("_coming", (None, False))
+            if config is None:
+                self._end_reading()
+            elif config is not before or makes_layers != made_layers:
+                self._prepare_for(config, makes_layers)
+            self.__dict__["_coming"] = config, makes_layers
         return super().named_modules(*args, **kwargs)
 
-    def _prepare_for(self, config: Any) -> None:
+    def _prepare_for(self, config: Any, makes_layers: bool) -> None:
         """Refuse the adapter of `config`, or let it have what it needs."""
         state = required_state(self)
         try:
             check_config("default", config, state.plan)
+            if state.stream is not None and type_of(config) not in PROMPTS:
+                raise ShardwiseError("Adapters and sequence_parallel=True do not go together: leave sequence_parallel out.")
         except ShardwiseError:
-            del self.__dict__["_coming"]
             if "peft_config" not in self.__dict__:
                 self._hf_peft_config_loaded = False  # which transformers' own add_adapter says beforehand
             raise
         if type_of(config) in PREFIXES:
             self.__dict__["_prefixes"] = prefix_layouts(state.plan)
-        if getattr(config, "use_dora", False):
+        if makes_layers and getattr(config, "use_dora", False):
             let_weights_be_read(self)
             self.__dict__["_reads_weights"] = True
 
@@ -126,7 +131,6 @@ class ShardedModel(GeneratesTogether, ParallelStyle):
     def peft_config(self, configs: dict[str, Any]) -> None:
         self.__dict__["peft_config"] = configs
         self.__dict__["_adapters"] = None
-        self.__dict__["_coming"] = None
         self._end_reading()
         meet(required_state(self).ep, "adding an adapter")
         self._settle_adapters()

@@ -17,12 +17,22 @@ PEFT has put it into the model.
 
 from shardwise.adapters.checks import check_config, whole_as_planned
 from shardwise.adapters.coming import config_being_added
-from shardwise.adapters.find import adapted_model, copied_layers, has_adapters, ordinary_name, type_of, unwrapped, wrappers
+from shardwise.adapters.find import (
+    PROMPTS,
+    adapted_model,
+    copied_layers,
+    has_adapters,
+    ordinary_name,
+    type_of,
+    unwrapped,
+    wrappers,
+)
 from shardwise.adapters.prefix import PREFIXES, prefix_layouts
 from shardwise.adapters.rows import adapter_plan
 
 __all__ = [
     "PREFIXES",
+    "PROMPTS",
     "adapted_model",
     "adapter_plan",
     "check_config",

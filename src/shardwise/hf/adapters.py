@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils import find_adapter_config_file, is_peft_available
 
 from shardwise.errors import CheckpointError, ShardwiseError, describe
+from shardwise.model_state import required_state
 from shardwise.replicas import together
 
 
@@ -71,7 +72,8 @@ def load_adapter(
         keywords: of `huggingface_hub`, such as `revision`; others are refused.
 
     Returns the names that were missing or not expected, as `load_state_dict` does. Raises `ShardwiseError` for an adapter that
-    would be wrong on a parallel model, and for keywords that it does not have.
+    would be wrong on a parallel model, and for keywords that it does not have; `MismatchError` where another rank can't read
+    it.
     """
     from peft import PeftConfig, inject_adapter_in_model, load_peft_weights, set_peft_model_state_dict
 
@@ -79,10 +81,13 @@ def load_adapter(
     _refuse_keywords(keywords)
     if getattr(model, "_hf_peft_config_loaded", False) and name in model.peft_config:
         raise ValueError(f"Adapter with name {name} already exists. Please use a different name.")
-    config = peft_config or PeftConfig.from_pretrained(os.fspath(peft_model_id or ""), **keywords)
-    weights = adapter_state_dict
-    if weights is None:
-        weights = load_peft_weights(os.fspath(peft_model_id or ""), device="cpu", **keywords)
+    path = os.fspath(peft_model_id or "")
+
+    def read() -> tuple[Any, dict[str, Tensor]]:
+        config = peft_config or PeftConfig.from_pretrained(path, **keywords)
+        return config, load_peft_weights(path, device="cpu", **keywords) if adapter_state_dict is None else adapter_state_dict
+
+    config, weights = together(required_state(model).ep, "load_adapter", read)
     config.inference_mode = not is_trainable
     inject_adapter_in_model(config, model, name)
     model._hf_peft_config_loaded = True
