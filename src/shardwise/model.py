@@ -87,9 +87,10 @@ class ShardedModel(GeneratesTogether, ParallelStyle):
             before, made_layers = self.__dict__.get("_coming", (None, False))
             if config is None:
                 self._end_reading()
+                self.__dict__.pop("_coming", None)
             elif config is not before or makes_layers != made_layers:
                 self._prepare_for(config, makes_layers)
-            self.__dict__["_coming"] = config, makes_layers
+                self.__dict__["_coming"] = config, makes_layers
         return super().named_modules(*args, **kwargs)
 
     def _prepare_for(self, config: Any, makes_layers: bool) -> None:

@@ -84,7 +84,8 @@ def remove_plan(model: nn.Module, read: ReadShard) -> None:
         if is_parallel(module):
             _restore_module(module)
     del model.__dict__[STATE]
-    model.__dict__.pop(_DDP_IGNORES, None)
+    for name in (_DDP_IGNORES, "_coming", "_prefixes"):
+        model.__dict__.pop(name, None)
 
 
 def apply_adapters(model: nn.Module, configs: Mapping[str, Any]) -> None:
