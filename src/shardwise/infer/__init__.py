@@ -7,10 +7,10 @@
 | `islands`, `blocks` | what falls apart into components: heads, KV groups, channels; the same among blocks and samples |
 | `known`, `twins` | modules that are dealt as we know (state-space mixers, recurrent units); layers tied to others |
 | `layouts`, `targets`, `proposals`, `ends` | components as blocks, what rules name, islands as rules, and the vocabulary |
-| `simulate`, `compare`, `proof` | every rank on a thread, and the figures |
+| `simulate`, `compare`, `figures`, `proof` | every rank on a thread, and how far what they compute is apart |
 | `parts` | a plan taken apart, for what is wrong in it |
 | `given` | products whose weights are too large to be made: what comes out of them is given |
-| `search`, `choose`, `lift` | what modules need besides cut weights; what passes; and for all layers |
+| `search`, `lengths`, `choose`, `lift` | what modules need besides cut weights, lengths among it; what passes; and for all layers |
 | `plan`, `prove` | what is called; rules of the user's own, tried out before a weight is read |
 | `subject`, `values`, `feeds` | what plans are tried out on |
 | `surroundings` | what they are tried out under |

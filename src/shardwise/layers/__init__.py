@@ -12,7 +12,8 @@
 | `region`, `overlap` | what column-wise layers of one module share: one copy of their input, one all-reduce; overlap |
 | `traced` | the linear styles under torch.compile |
 | `gradients` | parameters whose gradient is summed or averaged over ranks |
-| `adapters` | what happens in a LoRA layer around a parallel one |
+| `adapters`, `whole` | what happens in a LoRA layer around a parallel one; weights that PEFT reads whole |
+| `part` | a model inside of a parallel one, which is no whole model to save or clip |
 | `registry` | styles by name, those of users among them |
 """
 
