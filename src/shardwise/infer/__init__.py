@@ -10,7 +10,8 @@
 | `simulate`, `compare`, `figures`, `proof` | every rank on a thread, and how far what they compute is apart |
 | `parts` | a plan taken apart, for what is wrong in it |
 | `given` | products whose weights are too large to be made: what comes out of them is given |
-| `search`, `lengths`, `choose`, `lift` | what modules need besides cut weights, lengths among it; what passes; and for all layers |
+| `search`, `lengths` | what modules need besides cut weights, such as the lengths of those that are cut |
+| `choose`, `lift` | what passes; and for all layers |
 | `plan`, `prove` | what is called; rules of the user's own, tried out before a weight is read |
 | `subject`, `values`, `feeds` | what plans are tried out on |
 | `surroundings` | what they are tried out under |
