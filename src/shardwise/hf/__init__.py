@@ -42,7 +42,7 @@ from shardwise.hf.rules import (
 )
 from shardwise.hf.saving import checkpoint_tensors, description_files
 from shardwise.hf.simulating import checkpoint_activations, unpacked_sequences
-from shardwise.hf.specimen import LARGE_MODEL, LARGE_WEIGHT, Feed, elements, origin_of, specimen
+from shardwise.hf.specimen import LARGE_MODEL, LARGE_WEIGHT, Feed, elements, origin_of, specimens
 
 __all__ = [
     "LARGE_MODEL",
@@ -85,7 +85,7 @@ __all__ = [
     "sample_feeds",
     "save_adapter",
     "small_chunks",
-    "specimen",
+    "specimens",
     "streamed_together",
     "unpacked_sequences",
     "without_dropout",

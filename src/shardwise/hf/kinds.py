@@ -8,26 +8,37 @@ from collections.abc import Hashable, Mapping
 from torch import nn
 from transformers import PreTrainedConfig
 
+from shardwise.hf.configs import config_parts
 from shardwise.names import layer_of
 
 _DEPTHS = (
     *("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
     *("encoder_layers", "decoder_layers", "num_encoder_layers", "num_decoder_layers"),
+    *("num_blocks", "num_layers_per_stack"),
 )
 
 
-def cut(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
-    """A copy of `config` with the first `layers` of its layers; of an encoder and of a decoder, where there are two."""
+def cut(config: PreTrainedConfig, layers: int, towers: bool = False) -> PreTrainedConfig:
+    """A copy of `config` with the first `layers` of its layers; of an encoder and of a decoder, where there are two; with
+    `towers`, of every model that it has a config for.
+    """
     shorter = copy.deepcopy(config)
     text = shorter.get_text_config()
-    names = _depths(text)
-    depths = {getattr(text, name) for name in names}
-    for field, value in vars(text).items():
-        if isinstance(value, list) and len(value) in depths:
-            setattr(text, field, value[:layers])
-    for name in names:
-        setattr(text, name, min(layers, getattr(text, name)))
+    _cut(text, layers)
+    for part in config_parts(shorter) if towers else ():
+        if part is not text:
+            _cut(part, layers)
     return shorter
+
+
+def _cut(config: PreTrainedConfig, layers: int) -> None:
+    names = [name for name in _depths(config) if isinstance(getattr(config, name), int)]
+    depths = {getattr(config, name) for name in names}
+    for field, value in vars(config).items():
+        if isinstance(value, list) and len(value) in depths:
+            setattr(config, field, value[:layers])
+    for name in names:
+        setattr(config, name, min(layers, getattr(config, name)))
 
 
 def _depths(text: PreTrainedConfig) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -24,29 +24,37 @@ LARGE_WEIGHT = 2**20
 """Elements of a weight from which on such a model has none."""
 _CHUNKS = frozenset({"chunk_size", "mamba_chunk_size"})
 """Fields that say how many tokens are computed at once, to which few are padded."""
+_MANY = 12
+"""Layers up to which the towers around a text model keep all of theirs."""
 _FACTORIES = frozenset({torch.empty, torch.zeros, torch.ones, torch.randn, torch.rand, torch.full})
 
 Feed = Mapping[str, Any] | Callable[[nn.Module], object]
 """Keyword arguments of a model's forward; or what calls the model, and returns its outputs."""
 
 
-def specimen(model: nn.Module, kinds: Mapping[str, Hashable] = MappingProxyType({})) -> PreTrainedModel | None:
-    """A new model of the class and config of `model`, with random weights in float32, on the CPU. The same in every process;
-    torch's random state is left as it is. Of a large model it has the first layers alone, so many that there is one of each
-    kind, and its large weights are on meta.
+def specimens(model: nn.Module, kinds: Mapping[str, Hashable] = MappingProxyType({})) -> Iterator[PreTrainedModel]:
+    """New models of the class and config of `model`, with random weights in float32, on the CPU, the smallest first: it may be
+    too small to run. The same in every process; torch's random state is left as it is. Of a large model they have the first
+    layers alone, so many that there is one of each kind, and their large weights are on meta.
 
     Args:
         kinds: what layers also differ by, by their paths.
 
-    None where `model` is no transformers model, or not what its config says (it has adapters, say).
+    There are none where `model` is no transformers model, or not what its config says (it has adapters, say).
     """
     if not isinstance(model, PreTrainedModel):
-        return None
+        return
     if elements(model) <= LARGE_MODEL:
         made = _make(type(model), model.config)
-        return made if _names(made) == _names(model) else None
-    shorter = _shorter(model, kinds)
-    return shorter if shorter is not None else _whole(model)
+        yield from [made] if _names(made) == _names(model) else []
+        return
+    shorter = False
+    for towers in (True, False):
+        if (made := _shorter(model, kinds, towers)) is not None:
+            shorter = True
+            yield made
+    if not shorter:
+        yield from _whole(model)
 
 
 def origin_of(model: nn.Module, inputs: object = None) -> Origin:
@@ -75,14 +83,18 @@ def _make(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedMo
     return made.eval()
 
 
-def _shorter(model: PreTrainedModel, besides: Mapping[str, Hashable]) -> PreTrainedModel | None:
-    """The first layers; None where a config with fewer makes other layers, or none."""
+def _shorter(model: PreTrainedModel, besides: Mapping[str, Hashable], towers: bool) -> PreTrainedModel | None:
+    """The first layers, of `towers` too where there are many of these; None where a config with fewer makes other layers, or
+    none, or the towers are no matter.
+    """
     layers, kinds = needed_layers(model, besides), structures(model)
     try:
-        config = cut(model.config, layers)
+        config = cut(model.config, layers, towers)
         for field in _CHUNKS & vars(config.get_text_config()).keys():
             setattr(config.get_text_config(), field, CHUNK)
         found = structures(_on_meta(type(model), config))
+        if towers and len(structures(_on_meta(type(model), cut(model.config, layers)))) <= _MANY:
+            return None
     except Exception:  # configs check themselves in many ways
         return None
     if found != {layer: kinds.get(layer) for layer in found} or set(found.values()) != set(kinds.values()):
@@ -90,9 +102,10 @@ def _shorter(model: PreTrainedModel, besides: Mapping[str, Hashable]) -> PreTrai
     return _without_large_weights(type(model), config)
 
 
-def _whole(model: PreTrainedModel) -> PreTrainedModel | None:
+def _whole(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     made = _without_large_weights(type(model), model.config)
-    return made if _names(made) == _names(model) else None
+    if _names(made) == _names(model):
+        yield made
 
 
 def _without_large_weights(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:

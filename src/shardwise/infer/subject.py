@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from shardwise.errors import PlanError, describe
-from shardwise.hf import LARGE_MODEL, LARGE_WEIGHT, Feed, elements, in_training, layer_kinds, sample_feeds, specimen
+from shardwise.hf import LARGE_MODEL, LARGE_WEIGHT, Feed, elements, in_training, layer_kinds, sample_feeds, specimens
 from shardwise.infer.feeds import floats
 from shardwise.infer.given import Given
 from shardwise.infer.values import randomise, with_values
@@ -47,12 +47,14 @@ def subject(
     Of a transformers model it is another one of the same config, of a large one the first layers of it; of any other, and of
     one that is not as its config says, the model itself. Raises `PlanError` where inputs are missing, or weights.
     """
-    made = specimen(model, kinds)
+    tries = specimens(model, kinds)
+    made: nn.Module | None = next(tries, None)
     if made is None and any(parameter.is_meta for parameter in model.parameters()):
         raise PlanError(f"{type(model).__name__} is on meta, and no config says how it is made: build it on the CPU.")
+    feeds_of: Callable[[Any], Sequence[Feed]] = sample_feeds
     if example_inputs is not None:
         given = [example_inputs] if isinstance(example_inputs, Mapping) or callable(example_inputs) else list(example_inputs)
-        return _subject(made if made is not None else model, lambda _: [_plain(feed) for feed in given], model)
+        made, feeds_of = made if made is not None else model, lambda _: [_plain(feed) for feed in given]
     if made is None:
         raise PlanError(
             describe(
@@ -60,7 +62,13 @@ def subject(
                 either=['shardwise.infer_plan(model, tp_size=..., example_inputs={"x": ...}), and parallelize with that plan'],
             )
         )
-    return _subject(made, sample_feeds, model)
+    while True:
+        try:
+            return _subject(made, feeds_of, model)
+        except Exception:  # whatever code says that looks for a layer which is not there
+            made = next(tries, None)
+            if made is None:
+                raise
 
 
 def _subject(made: _Model, feeds_of: Callable[[_Model], Sequence[Feed]], model: nn.Module) -> Subject:
