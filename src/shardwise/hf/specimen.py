@@ -123,7 +123,7 @@ class _LargeOnMeta(TorchFunctionMode):
         if function in _FACTORIES:
             with torch.device("meta"):
                 made = function(*args, **kwargs | {"device": "meta"})
-            if made.is_floating_point() and made.numel() >= LARGE_WEIGHT:
+            if made.is_floating_point() and made.dim() > 1 and made.numel() >= LARGE_WEIGHT:
                 return made
         return function(*args, **kwargs)
 
