@@ -21,6 +21,7 @@ import shardwise.training.clip
 from figures import Figures, gradient_error, measure_plain, measure_sharded
 from models import checkpoint
 from shardwise.collectives import reduce_from_tp
+from shardwise.lockstep import Lockstep
 from shardwise.spec import ShardSpec
 from shardwise.testing import RankPool
 
@@ -72,9 +73,16 @@ def _all_of(row: ShardSpec, gradient: Tensor, state: object) -> Iterator[Tensor]
     yield gradient
 
 
-def own_random_state() -> contextlib.AbstractContextManager[object]:
-    """Ranks that sample for themselves."""
-    return patch.object(shardwise.model, "same_random_state", lambda mesh: None)
+@contextlib.contextmanager
+def own_random_state() -> Iterator[None]:
+    """Ranks that sample for themselves, and don't look at each other's inputs, which would tell."""
+    with patch.object(shardwise.model, "same_random_state", lambda mesh: None), patch.object(Lockstep, "is_due", never):
+        yield
+
+
+def never(*_: object) -> bool:
+    """No call is one to look at."""
+    return False
 
 
 def measure_with(bug: Callable[[], contextlib.AbstractContextManager[object]], path: Path) -> Figures:

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import isclose
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -67,18 +67,19 @@ class Lockstep:
 
         Raises `MismatchError` where a rank is called with another tensor; warns where copies of a parameter drift apart.
         """
-        values = _few(replicated) if model.training else {}
+        values, started = _few(replicated) if model.training else {}, bool(self.start)
         self.start = self.start or values
         number = self.calls[model.training]
         mine = {
             "call": f"{type(model).__name__}, call {number}{' in training' if model.training else ''}",
-            "inputs": {name: _print_of(value) for name, value in given.items() if isinstance(value, Tensor)},
+            "inputs": {name: _print_of(value) for name, value in given.items() if _is_plain(value)},
             "values": {name: base64.b64encode(value.numpy().tobytes()).decode() for name, value in values.items()},
         }
         ranks = dist.get_process_group_ranks(mesh.get_group())
         said = {rank: json.loads(words) for rank, words in say_to_all(ranks, "lockstep", json.dumps(mine)).items()}
         _compare_inputs(said)
-        self._compare_values(said, _APART_ON_CPU if mesh.device_type == "cpu" else _APART)
+        if started:
+            self._compare_values(said, _APART_ON_CPU if mesh.device_type == "cpu" else _APART)
 
     def _compare_values(self, said: Mapping[int, Said], most: float) -> None:
         first, *others = said
@@ -106,8 +107,13 @@ def _can_look(mesh: DeviceMesh) -> bool:
 
 def _few(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     """Copies of some small ones from all over the model, float32 on the CPU: in fewer bits, most steps round to none."""
-    small = [(name, one) for name, one in parameters if one.numel() <= _SMALL and one.dtype == torch.float32]
+    small = [(name, one) for name, one in parameters if one.numel() <= _SMALL and _is_plain(one) and one.dtype == torch.float32]
     return {name: one.detach().cpu().clone() for name, one in small[:: max(1, len(small) // _FEW)][:_FEW]}
+
+
+def _is_plain(tensor: object) -> TypeGuard[Tensor]:
+    """Not, say, what FSDP has made of a parameter."""
+    return type(tensor) in (Tensor, nn.Parameter)
 
 
 def _unpacked(words: str | None) -> Tensor | None:

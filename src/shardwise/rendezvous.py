@@ -132,7 +132,8 @@ def say_to_all(ranks: Sequence[int], topic: str, words: str, patience: float = P
     keys = {rank: f"{prefix}/{rank}/{turn}" for rank in ranks}
     with suppress(dist.DistStoreError):
         store.wait(list(keys.values()), timedelta(seconds=patience))
-    return {rank: store.get(key).decode() for rank, key in keys.items() if store.check([key])}
+    heard = {rank: store.get(key).decode() for rank, key in keys.items() if rank != mine and store.check([key])}
+    return {rank: words if rank == mine else heard[rank] for rank in ranks if rank == mine or rank in heard}
 
 
 def _no_group(what: str) -> MeshError:

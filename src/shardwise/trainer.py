@@ -28,9 +28,9 @@ from transformers import Trainer as TransformersTrainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from shardwise.errors import MismatchError, ShardwiseError, describe
-from shardwise.generation import same_random_state
 from shardwise.loading import load_weights
 from shardwise.model_state import ModelState, parallel_parts
+from shardwise.random_state import same_random_state
 from shardwise.replicas import checksum, first_difference, together
 from shardwise.training import (
     average_gradients,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch.distributed as dist
 import torch.testing._internal.distributed.fake_pg  # noqa: F401  # registers the backend
@@ -16,6 +17,16 @@ class _EveryoneIsThere(Store):
     def add(self, key: str, value: int) -> int:
         """As if the others had counted as far as this rank."""
         return 1
+
+    def set(self, key: str, value: str) -> None:
+        """Nobody reads it."""
+
+    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
+        """For nothing."""
+
+    def check(self, keys: list[str]) -> bool:
+        """Nobody has said anything."""
+        return False
 
 
 @contextmanager
