@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 
 from torch import nn
 from transformers import PreTrainedConfig
@@ -16,6 +16,8 @@ _DEPTHS = (
     *("encoder_layers", "decoder_layers", "num_encoder_layers", "num_decoder_layers"),
     *("num_blocks", "num_layers_per_stack"),
 )
+_SHARED = "num_kv_shared_layers"
+"""How many of the last layers take the keys and values of one before them."""
 
 
 def cut(config: PreTrainedConfig, layers: int, towers: bool = False) -> PreTrainedConfig:
@@ -31,14 +33,29 @@ def cut(config: PreTrainedConfig, layers: int, towers: bool = False) -> PreTrain
     return shorter
 
 
+def pick(config: PreTrainedConfig, layers: Sequence[int]) -> PreTrainedConfig:
+    """A copy of `config` with some `layers` of its text model's alone, by their numbers."""
+    shorter = copy.deepcopy(config)
+    text = shorter.get_text_config()
+    depth = max((getattr(text, name) for name in _depths(text)), default=0)
+    if shared := getattr(text, _SHARED, 0):
+        setattr(text, _SHARED, sum(1 for layer in layers if layer >= depth - shared))
+    _keep(text, layers)
+    return shorter
+
+
 def _cut(config: PreTrainedConfig, layers: int) -> None:
+    _keep(config, range(layers))
+
+
+def _keep(config: PreTrainedConfig, layers: Sequence[int]) -> None:
     names = [name for name in _depths(config) if isinstance(getattr(config, name), int)]
     depths = {getattr(config, name) for name in names}
     for field, value in vars(config).items():
         if isinstance(value, list) and len(value) in depths:
-            setattr(config, field, value[:layers])
+            setattr(config, field, [value[layer] for layer in layers if layer < len(value)])
     for name in names:
-        setattr(config, name, min(layers, getattr(config, name)))
+        setattr(config, name, min(len(layers), getattr(config, name)))
 
 
 def _depths(text: PreTrainedConfig) -> list[str]:
@@ -87,8 +104,17 @@ def _lists(model: nn.Module) -> list[list[Hashable]]:
 
 def needed_layers(model: nn.Module, besides: Mapping[str, Hashable]) -> int:
     """How many of the first layers have one of each kind, where layers also differ by what is `besides`, by their paths."""
+    return max(_firsts(model, besides), default=0) + 1
+
+
+def one_of_each(model: nn.Module) -> list[int]:
+    """The numbers of the first layers of each kind."""
+    return sorted(_firsts(model, {}))
+
+
+def _firsts(model: nn.Module, besides: Mapping[str, Hashable]) -> set[int]:
     first: dict[Hashable, int] = {}
     for layer, kind in layer_kinds(model).items():
         if layer:
             first.setdefault((layer.rpartition(".")[0], kind, besides.get(layer)), _number(layer))
-    return max(first.values(), default=0) + 1
+    return set(first.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
@@ -15,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from shardwise.hf.chunks import CHUNK
-from shardwise.hf.kinds import cut, needed_layers, structures
+from shardwise.hf.kinds import cut, needed_layers, one_of_each, pick, structures
 from shardwise.plan import Origin
 
 LARGE_MODEL = 10_000_000
@@ -32,13 +33,17 @@ Feed = Mapping[str, Any] | Callable[[nn.Module], object]
 """Keyword arguments of a model's forward; or what calls the model, and returns its outputs."""
 
 
-def specimens(model: nn.Module, kinds: Mapping[str, Hashable] = MappingProxyType({})) -> Iterator[PreTrainedModel]:
+def specimens(
+    model: nn.Module, kinds: Mapping[str, Hashable] = MappingProxyType({}), picked: bool = False
+) -> Iterator[PreTrainedModel]:
     """New models of the class and config of `model`, with random weights in float32, on the CPU, the smallest first: it may be
     too small to run. The same in every process; torch's random state is left as it is. Of a large model they have the first
     layers alone, so many that there is one of each kind, and their large weights are on meta.
 
     Args:
         kinds: what layers also differ by, by their paths.
+        picked: where many of the first layers are needed, there may be one of each kind alone, with other numbers than in
+            `model`.
 
     There are none where `model` is no transformers model, or not what its config says (it has adapters, say).
     """
@@ -48,12 +53,14 @@ def specimens(model: nn.Module, kinds: Mapping[str, Hashable] = MappingProxyType
         made = _make(type(model), model.config)
         yield from [made] if _names(made) == _names(model) else []
         return
-    shorter = False
-    for towers in (True, False):
-        if (made := _shorter(model, kinds, towers)) is not None:
-            shorter = True
+    ways = [partial(_picked, model)] if picked and needed_layers(model, kinds) > _MANY else []
+    ways += [partial(_shorter, model, kinds, towers) for towers in (True, False)]
+    found = False
+    for way in ways:
+        if (made := way()) is not None:
+            found = True
             yield made
-    if not shorter:
+    if not found:
         yield from _whole(model)
 
 
@@ -89,9 +96,7 @@ def _shorter(model: PreTrainedModel, besides: Mapping[str, Hashable], towers: bo
     """
     layers, kinds = needed_layers(model, besides), structures(model)
     try:
-        config = cut(model.config, layers, towers)
-        for field in _CHUNKS & vars(config.get_text_config()).keys():
-            setattr(config.get_text_config(), field, CHUNK)
+        config = _in_small_chunks(cut(model.config, layers, towers))
         found = structures(_on_meta(type(model), config))
         if towers and len(structures(_on_meta(type(model), cut(model.config, layers)))) <= _MANY:
             return None
@@ -100,6 +105,35 @@ def _shorter(model: PreTrainedModel, besides: Mapping[str, Hashable], towers: bo
     if found != {layer: kinds.get(layer) for layer in found} or set(found.values()) != set(kinds.values()):
         return None
     return _without_large_weights(type(model), config)
+
+
+def _picked(model: PreTrainedModel) -> PreTrainedModel | None:
+    """One layer of each kind; None where a config with these alone makes other layers. What is outside of layers may be of
+    other lengths then (one embedding for all layers).
+    """
+    layers, kinds = one_of_each(model), structures(model)
+    rows = Counter(layer.rpartition(".")[0] for layer in kinds if layer)
+    long = {row for row, count in rows.items() if count == max(rows.values())}
+    try:
+        config = _in_small_chunks(pick(model.config, layers))
+        found = structures(_on_meta(type(model), config))
+    except Exception:  # configs check themselves in many ways
+        return None
+    expected = {layer: kind for layer, kind in kinds.items() if layer and layer.rpartition(".")[0] not in long}
+    expected |= {f"{row}.{number}": kinds[f"{row}.{layer}"] for row in long for number, layer in enumerate(layers)}
+    if _without_lengths(found.pop("")) != _without_lengths(kinds[""]) or found != expected:
+        return None
+    return _without_large_weights(type(model), config)
+
+
+def _without_lengths(parts: Any) -> Hashable:
+    return tuple((name, kind, tuple((child, len(shape)) for child, shape in own)) for name, kind, own in parts)
+
+
+def _in_small_chunks(config: PreTrainedConfig) -> PreTrainedConfig:
+    for field in _CHUNKS & vars(config.get_text_config()).keys():
+        setattr(config.get_text_config(), field, CHUNK)
+    return config
 
 
 def _whole(model: PreTrainedModel) -> Iterator[PreTrainedModel]:

@@ -9,20 +9,29 @@ from torch import nn
 
 from shardwise.errors import PlanError, describe
 from shardwise.hf import layer_kinds
+from shardwise.layers import Cut
 from shardwise.names import Names, layer_of
 from shardwise.plan import wildcard
 from shardwise.spec import Rule
+
+
+class OtherLengthsError(PlanError):
+    """A rule of a model with a few layers that does not hold for one with all of them."""
 
 
 def lifted(rules: Iterable[Rule], tried: nn.Module, model: nn.Module) -> list[Rule]:
     """The `rules` for the layers of `tried`, for those of `model`: a layer that is in both keeps its own, another one gets
     those of the first that is alike. Rules that all layers of a path have get one pattern, with `*` for the layers' numbers.
 
-    Raises `PlanError` for a layer to which none in `tried` is alike.
+    Raises `PlanError` for a layer to which none in `tried` is alike; `OtherLengthsError` for a rule that says lengths of what
+    has others in `model`.
     """
     like = _like(tried, model)
     layers, inside = set(like.values()), dict[str, dict[str, Rule]]()
+    longer = _of_other_lengths(tried, model)
     for rule in rules:
+        if (rule.attributes or rule.cut not in (None, Cut())) and any(_is_in(name, rule.pattern) for name in longer):
+            raise OtherLengthsError(f"{type(model).__name__}: {rule} says lengths, which are others here.")
         layer = layer_of(rule.pattern)
         layer = layer if layer in layers else ""  # a number in a list of parameters is no layer
         inside.setdefault(layer, {})[rule.pattern.removeprefix(layer)] = rule
@@ -34,14 +43,24 @@ def lifted(rules: Iterable[Rule], tried: nn.Module, model: nn.Module) -> list[Ru
     return _joined(found, model)
 
 
+def _of_other_lengths(tried: nn.Module, model: nn.Module) -> list[str]:
+    """The parameters outside of layers that have another shape in `model` than in `tried`."""
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters() if not layer_of(name)}
+    return [name for name, parameter in tried.named_parameters() if shapes.get(name, parameter.shape) != parameter.shape]
+
+
+def _is_in(name: str, module: str) -> bool:
+    return not module or name == module or name.startswith(f"{module}.")
+
+
 def _like(tried: nn.Module, model: nn.Module) -> dict[str, str]:
     """For each layer of `model`, by its path, the one of `tried` that is like it."""
     kinds, theirs = layer_kinds(model), layer_kinds(tried)
     first: dict[tuple[str, Hashable], str] = {}
-    for layer in theirs:
-        first.setdefault((wildcard(layer), kinds.get(layer)), layer)
+    for layer, kind in theirs.items():
+        first.setdefault((wildcard(layer), kind), layer)
     found = {"": ""} | {
-        layer: layer if layer in theirs else first.get((wildcard(layer), kind), "") for layer, kind in kinds.items()
+        layer: layer if theirs.get(layer) == kind else first.get((wildcard(layer), kind), "") for layer, kind in kinds.items()
     }
     missing = [layer for layer, other in found.items() if layer and not other]
     if missing:

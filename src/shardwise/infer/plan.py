@@ -17,6 +17,7 @@ from shardwise.infer.choose import Choice, Inference
 from shardwise.infer.ends import end_rules
 from shardwise.infer.feeds import floats
 from shardwise.infer.known import known_proposals, outside
+from shardwise.infer.lift import OtherLengthsError
 from shardwise.infer.named import Named
 from shardwise.infer.probe import Probe
 from shardwise.infer.products import Product
@@ -73,11 +74,16 @@ def infer(
         raise PlanError(f"tp_size={tp_size}: the number of ranks on the tp axis is at least 1.")
     model = build_on_meta(model_or_config) if isinstance(model_or_config, PreTrainedConfig) else model_or_config
     with small_chunks(model):
-        return _infer(model, tp_size, example_inputs, given)
+        try:
+            return _infer(model, tp_size, example_inputs, given, picked=not given)
+        except OtherLengthsError:
+            return _infer(model, tp_size, example_inputs, given, picked=False)
 
 
-def _infer(model: nn.Module, tp_size: int, example_inputs: Feed | Sequence[Feed] | None, given: Sequence[Rule]) -> Inference:
-    tried = subject(model, example_inputs)
+def _infer(
+    model: nn.Module, tp_size: int, example_inputs: Feed | Sequence[Feed] | None, given: Sequence[Rule], picked: bool
+) -> Inference:
+    tried = subject(model, example_inputs, picked=picked)
     reference = Reference.of(tried)
     left: dict[str, str] = {}
     proposals, ends = _proposals(model, reference.model, tried.short, tp_size, left)

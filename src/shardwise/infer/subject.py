@@ -40,14 +40,18 @@ class Subject:
 
 
 def subject(
-    model: nn.Module, example_inputs: Feed | Sequence[Feed] | None, kinds: Mapping[str, Hashable] = MappingProxyType({})
+    model: nn.Module,
+    example_inputs: Feed | Sequence[Feed] | None,
+    kinds: Mapping[str, Hashable] = MappingProxyType({}),
+    picked: bool = False,
 ) -> Subject:
-    """What to try plans for `model` out on, whose layers also differ by `kinds`, by their paths.
+    """What to try plans for `model` out on, whose layers also differ by `kinds`, by their paths; if `picked`, its layers may
+    have other numbers than there.
 
     Of a transformers model it is another one of the same config, of a large one the first layers of it; of any other, and of
     one that is not as its config says, the model itself. Raises `PlanError` where inputs are missing, or weights.
     """
-    tries = specimens(model, kinds)
+    tries = specimens(model, kinds, picked)
     made: nn.Module | None = next(tries, None)
     if made is None and any(parameter.is_meta for parameter in model.parameters()):
         raise PlanError(f"{type(model).__name__} is on meta, and no config says how it is made: build it on the CPU.")
