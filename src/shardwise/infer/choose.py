@@ -78,7 +78,7 @@ class Choice:
         kept, ends = list(families), self.ends
         rules, proof = self._try(kept, ends)
         if not proof:
-            kept, ends, rules, proof = self._one_by_one(families)
+            kept, ends, rules, proof = self._one_by_one(families, proof)
         if not proof:
             raise PlanError(f"{type(self.model).__name__}: its outputs differ between two calls: {proof.problem}.")
         rules, proof = self._gather(kept, ends, rules, proof)
@@ -116,18 +116,31 @@ class Choice:
         return rules, proof
 
     def _one_by_one(
-        self, families: Mapping[Family, list[Proposal]]
+        self, families: Mapping[Family, list[Proposal]], problem: Proof
     ) -> tuple[list[Family], list[list[Rule]], list[Rule], Proof]:
+        """What passes of `families`, of which all together have a `problem`."""
         if self.named.rules and not (proof := self._try([], [])[1]):
             raise PlanError(f"{type(self.model).__name__}: the rules that it brings are wrong: {proof.problem}.")
-        kept = [family for alike in self._alike(families) for family in self._passing(alike, families)]
-        ends = [rules for rules in self.ends if self._end_passes(rules)]
+        suspects = self._suspects(families, problem)
+        kept = [family for family in families if not any(family in alike for alike in suspects)]
+        if suspects and kept and self._try(kept, self.ends)[1]:
+            ends = self.ends
+        else:
+            kept, suspects, ends = [], self._alike(families), [rules for rules in self.ends if self._end_passes(rules)]
+        kept += [family for alike in suspects for family in self._passing(alike, families)]
         while True:
             rules, proof = self._try(kept, ends)
             if proof or not (kept or ends):
                 return kept, ends, rules, proof
             names = [n for p in families[kept.pop()] for n in p.matrices] if kept else [rule.pattern for rule in ends.pop()]
             self._leave(names, f"right alone, and not together with the others: {proof.problem}")
+
+    def _suspects(self, families: Mapping[Family, list[Proposal]], problem: Proof) -> list[list[Family]]:
+        """The families around the place of a `problem`, each with those that are alike; none where it is in no family."""
+        place = wildcard(problem.place)
+        around = [family[0] for family in families if place == family[0] or place.startswith(f"{family[0]}.")]
+        innermost = max(around, key=len, default=None)
+        return [alike for alike in self._alike(families) if any(family[0] == innermost for family in alike)]
 
     def _alike(self, families: Mapping[Family, list[Proposal]]) -> list[list[Family]]:
         """Those of modules of one class that fall apart alike: attention to the text itself and to an encoder's states, which

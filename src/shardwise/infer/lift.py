@@ -59,9 +59,13 @@ def _like(tried: nn.Module, model: nn.Module) -> dict[str, str]:
     first: dict[tuple[str, Hashable], str] = {}
     for layer, kind in theirs.items():
         first.setdefault((wildcard(layer), kind), layer)
-    found = {"": ""} | {
-        layer: layer if theirs.get(layer) == kind else first.get((wildcard(layer), kind), "") for layer, kind in kinds.items()
-    }
+    exchanged = {(wildcard(layer), kinds.get(layer)): layer for layer in reversed(theirs)}  # some parts, as it ran
+    found = {"": ""}
+    for layer, kind in kinds.items():
+        like = first.get((wildcard(layer), kind))
+        if like is None:
+            like = layer if layer in theirs else exchanged.get((wildcard(layer), kind), "")
+        found[layer] = layer if theirs.get(layer) == kind else like
     missing = [layer for layer, other in found.items() if layer and not other]
     if missing:
         raise PlanError(
