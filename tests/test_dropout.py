@@ -11,11 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Starcoder2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Starcoder2Config, Wav2Vec2Config, Wav2Vec2ForCTC
 
 import shardwise
 from blocks import ATTENTION_PLAN, Attention, under
 from llamas import IDS, TINY
+from shardwise import hf
 from shardwise.collectives import gather_from_tp
 from shardwise.layers import region
 from shardwise.mesh import device_type
@@ -206,3 +207,14 @@ def _raises_in_a_region() -> tuple[bool, bool]:
 def test_an_exception_in_attention(pool2):
     """Guards: a loop that survives an error (out of memory, a smaller batch) with a random stream that differs from then on."""
     assert pool2.run(_raises_in_a_region) == [(True, True)] * 2
+
+
+def test_configs_drop_and_mask_nothing_either():
+    """Guards: layers left out, and sounds masked, by what code reads in a config: ranks on threads draw others, and wait for
+    each other.
+    """
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 31}
+    model = Wav2Vec2ForCTC(Wav2Vec2Config(**sizes, layerdrop=0.5, conv_dim=(8,), conv_kernel=(20,), conv_stride=(20,)))
+    hf.without_dropout(model)
+    config = model.wav2vec2.encoder.config
+    assert (config.layerdrop, config.apply_spec_augment, config.hidden_dropout) == (0.0, False, 0.0)

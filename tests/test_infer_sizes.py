@@ -268,3 +268,12 @@ def test_ranks_are_those_that_torchrun_started(monkeypatch):
     """Guards: a plan for two ranks under torchrun with four."""
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert shardwise.infer_plan(types.build("llama", num_key_value_heads=4)).size == 4
+
+
+def test_last_layer_that_is_like_no_other_is_picked():
+    """Guards: 32 layers tried out because the last one has a bias that the others lack; its rule for all of them, or none."""
+    found = infer(hf.build_on_meta(AutoConfig.for_model("gpt_neox_japanese")), 2)
+    assert "2 of 32 layers" in found.proof.tried
+    biases = [row for row in found.plan if row.name.endswith("attention.dense_bias")]
+    assert [row.name for row in biases] == ["gpt_neox_japanese.layers.31.attention.dense_bias"]
+    assert {row.sharded for row in found.plan if row.name.endswith(("dense.weight", "query_key_value.weight"))} == {True}
