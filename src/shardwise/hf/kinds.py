@@ -26,10 +26,8 @@ def cut(config: PreTrainedConfig, layers: int, towers: bool = False) -> PreTrain
     """
     shorter = copy.deepcopy(config)
     text = shorter.get_text_config()
-    _cut(text, layers)
-    for part in config_parts(shorter) if towers else ():
-        if part is not text:
-            _cut(part, layers)
+    for part in [text, *(part for part in config_parts(shorter) if towers and part is not text)]:
+        _keep(part, range(layers))
     return shorter
 
 
@@ -42,10 +40,6 @@ def pick(config: PreTrainedConfig, layers: Sequence[int]) -> PreTrainedConfig:
         setattr(text, _SHARED, sum(1 for layer in layers if layer >= depth - shared))
     _keep(text, layers)
     return shorter
-
-
-def _cut(config: PreTrainedConfig, layers: int) -> None:
-    _keep(config, range(layers))
 
 
 def _keep(config: PreTrainedConfig, layers: Sequence[int]) -> None:

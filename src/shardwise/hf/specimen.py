@@ -53,13 +53,8 @@ def specimens(
         made = _make(type(model), model.config)
         yield from [made] if _names(made) == _names(model) else []
         return
-    ways = [partial(_picked, model)] if picked and needed_layers(model, kinds) > _MANY else []
-    ways += [partial(_shorter, model, kinds, towers) for towers in (True, False)]
-    found = False
-    for way in ways:
-        if (made := way()) is not None:
-            found = True
-            yield made
+    found = list(_few_layers(model, kinds, picked))
+    yield from (_without_large_weights(type(model), config) for config in found)
     if not found:
         yield from _whole(model)
 
@@ -90,28 +85,32 @@ def _make(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedMo
     return made.eval()
 
 
-def _shorter(model: PreTrainedModel, besides: Mapping[str, Hashable], towers: bool) -> PreTrainedModel | None:
-    """The first layers, of `towers` too where there are many of these; None where a config with fewer makes other layers, or
-    none, or the towers are no matter.
-    """
+def _few_layers(model: PreTrainedModel, besides: Mapping[str, Hashable], picked: bool) -> Iterator[PreTrainedConfig]:
+    """Configs with few layers that are as the model's, and of each kind one at least; the smallest first."""
     layers, kinds = needed_layers(model, besides), structures(model)
+    if picked and layers > _MANY and (config := _picked(model, kinds)) is not None:
+        yield config
+    text = _first_layers(model, layers, towers=False)
+    many = text is not None and len(text[1]) > _MANY
+    for made in (_first_layers(model, layers, towers=True), text) if many else (text,):
+        if made is not None and made[1].items() <= kinds.items() and set(made[1].values()) == set(kinds.values()):
+            yield made[0]
+
+
+def _first_layers(model: PreTrainedModel, layers: int, towers: bool) -> tuple[PreTrainedConfig, dict[str, Hashable]] | None:
+    """The config of the first `layers`, of `towers` too, and the structures that it makes; None where it makes none."""
     try:
         config = _in_small_chunks(cut(model.config, layers, towers))
-        found = structures(_on_meta(type(model), config))
-        if towers and len(structures(_on_meta(type(model), cut(model.config, layers)))) <= _MANY:
-            return None
+        return config, structures(_on_meta(type(model), config))
     except Exception:  # configs check themselves in many ways
         return None
-    if found != {layer: kinds.get(layer) for layer in found} or set(found.values()) != set(kinds.values()):
-        return None
-    return _without_large_weights(type(model), config)
 
 
-def _picked(model: PreTrainedModel) -> PreTrainedModel | None:
+def _picked(model: PreTrainedModel, kinds: Mapping[str, Hashable]) -> PreTrainedConfig | None:
     """One layer of each kind; None where a config with these alone makes other layers. What is outside of layers may be of
     other lengths then (one embedding for all layers).
     """
-    layers, kinds = one_of_each(model), structures(model)
+    layers = one_of_each(model)
     rows = Counter(layer.rpartition(".")[0] for layer in kinds if layer)
     long = {row for row, count in rows.items() if count == max(rows.values())}
     try:
@@ -123,7 +122,7 @@ def _picked(model: PreTrainedModel) -> PreTrainedModel | None:
     expected |= {f"{row}.{number}": kinds[f"{row}.{layer}"] for row in long for number, layer in enumerate(layers)}
     if _without_lengths(found.pop("")) != _without_lengths(kinds[""]) or found != expected:
         return None
-    return _without_large_weights(type(model), config)
+    return config
 
 
 def _without_lengths(parts: Any) -> Hashable:
