@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
+import llamas
 import shardwise
 from shardwise.errors import MismatchError
 from shardwise.rendezvous import say_to_all
@@ -22,10 +23,7 @@ from shardwise.testing import RankError, run_threads
 def llama() -> LlamaForCausalLM:
     """Of one layer, with random weights."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2
-    )
-    return LlamaForCausalLM(config)
+    return llamas.llama(num_hidden_layers=1)
 
 
 IDS = torch.arange(48).view(4, 12)

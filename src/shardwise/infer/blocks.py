@@ -44,8 +44,13 @@ def islands_of(reads: Sequence[Reads], in_blocks: Callable[[Product], Reads], si
 
 def _asked_alone(group: Sequence[Reads], asked: Tensor, numbers: Mapping[Product, Tensor]) -> list[Reads]:
     """What the blocks read that were asked one by one: of outputs, those that one of these touches, or all blocks do."""
-    kept = {p: torch.isin(number, asked) | (number == EVERY) for p, number in numbers.items()}
+    kept = _touched(numbers, asked)
     return [Reads(one.product, {p: touched[:, kept[p]] for p, touched in one.outputs.items()}, {}, one.unit) for one in group]
+
+
+def _touched(numbers: Mapping[Product, Tensor], asked: Tensor) -> dict[Product, Tensor]:
+    """Whether one of the blocks that were `asked` touches each output, or all blocks do."""
+    return {product: torch.isin(number, asked) | (number == EVERY) for product, number in numbers.items()}
 
 
 def _among_many(
@@ -59,7 +64,7 @@ def _among_many(
     each = tuple(range(len(asked)))
     if len(found) != 1 or any(owners != each for owners in found[0].consumers.values()):
         return None
-    kept = {p: torch.isin(number, asked) | (number == EVERY) for p, number in numbers.items()}
+    kept = _touched(numbers, asked)
     if any(found[0].producers[p] != _places(number[kept[p]], asked) for p, number in numbers.items()):
         return None
     others = _others(codes)
